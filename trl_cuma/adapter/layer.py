@@ -1,0 +1,152 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""`CuMALinear`: a frozen linear layer, quantized or not, with a mixture of low-rank experts beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+
+from .conditioning import ConditioningStack
+from .config import CuMAConfig
+from .experts import CuMAExperts
+from .router import CuMARouter, compute_gates
+
+
+class CuMALayer(BaseTunerLayer):
+    """What PEFT needs to know of a CuMA layer: where its adapters live."""
+
+    # nn.ModuleDict keyed by adapter name: every parameter's path holds ".<adapter>.", as TRL's reference copy needs.
+    adapter_layer_names = ("cuma_experts", "cuma_router")
+    other_param_names = ("r", "scaling", "cuma_dropout", "config", "shared_router")
+
+
+class CuMALinear(nn.Module, CuMALayer):
+    """
+    `W0 x + s · sum_i g_i(x, d) · B_i A_i x` around any linear base layer.
+
+    Args:
+        base_layer (`nn.Module`): the frozen layer.
+        stack (`ConditioningStack`): where the running call's profiles are; shared by all layers of the model.
+        quantization_kwargs: what PEFT's resolver wants to know of a quantized base.
+    """
+
+    def __init__(self, base_layer: nn.Module, stack: ConditioningStack, **quantization_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        try:
+            self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        except ValueError:  # quantized by hand with torchao: PEFT misses only what merging would need
+            self.quantization_backend = ForwardOnlyQuantizationBackend("torchao")
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.cuma_experts = nn.ModuleDict()
+        self.cuma_router = nn.ModuleDict()
+        self.cuma_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.config: dict[str, CuMAConfig] = {}
+        # A group's router is registered (and saved) once, on its first layer; all of them find it here.
+        self.shared_router: dict[str, CuMARouter] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._conditioning = stack
+
+    def update_layer(
+        self, adapter_name: str, config: CuMAConfig, r: int, lora_alpha: float, leader: CuMALinear | None
+    ) -> None:
+        """Add an adapter; `leader` is the layer whose router this one shares."""
+        self.config[adapter_name] = config
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.cuma_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.cuma_experts[adapter_name] = CuMAExperts(
+            self.in_features, self.out_features, r, config.num_experts, config.share_a, config.init_weights
+        )
+        if leader is None:
+            self.cuma_router[adapter_name] = CuMARouter(
+                in_features=0 if config.routing == "demographic" else self.in_features,
+                demographic_features=0
+                if config.routing == "semantic"
+                else (config.demographic_projection or config.demographic_dim),
+                num_experts=config.num_experts,
+                hidden=config.router_hidden,
+                layers=config.router_layers,
+            )
+        self.shared_router[adapter_name] = (leader or self).cuma_router[adapter_name]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.cuma_experts]
+        if self.disable_adapters or not active:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in active:
+            experts = self.cuma_experts[name]
+            value = self._cast_input_dtype(x, experts.weight_a.dtype)
+            residual = experts(self.cuma_dropout[name](value), self.gates(name, x))
+            result = result + residual * self.scaling[name]
+        return result.to(dtype)
+
+    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """Gates `(..., experts)` for the layer's input `x` `(..., in_features)`, under the running call's profiles."""
+        config, router = self.config[adapter_name], self.shared_router[adapter_name]
+        conditioning = self._conditioning.current
+        if conditioning is not None and conditioning.last_gates is not None:
+            last_router, last_x, gates = conditioning.last_gates
+            if last_router is router and last_x is x:
+                return gates
+        batch_shape = conditioning.batch_shape if conditioning is not None else None
+        hidden = _as_batch_seq(x, batch_shape)
+        if config.routing == "semantic":
+            logits = router(hidden, None, gather=None)
+        elif conditioning is None or adapter_name not in conditioning.profiles:
+            raise ValueError(
+                "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one row "
+                "per sample) to the model's `forward` or `generate`, train with a CuMA trainer and a `demographic` "
+                "column, or set `missing_demographics='zero'` in CuMAConfig to mean the average profile."
+            )
+        else:
+            logits = router(
+                hidden, conditioning.profiles[adapter_name], gather=lambda part: conditioning.gather(part, hidden)
+            )
+        gates = compute_gates(logits, config.gate, config.top_k)
+        if conditioning is not None and conditioning.losses is not None:
+            gates = conditioning.losses.observe(router, logits, gates, config.gate, config.top_k)
+        if x.dim() != 3:  # back to the input's own leading dimensions
+            gates = gates.expand(*hidden.shape[:2], -1).reshape(*x.shape[:-1], -1)
+        if conditioning is not None:
+            conditioning.last_gates = (router, x, gates)
+        return gates
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        raise_not_mergeable()
+
+    def unmerge(self) -> NoReturn:
+        raise_not_mergeable()
+
+
+def raise_not_mergeable() -> NoReturn:
+    raise NotImplementedError(
+        "A CuMA adapter cannot be merged into its base: its gates depend on the input and on the person. Keep it as an "
+        "adapter, or use `unload()` to get the base model back."
+    )
+
+
+def _as_batch_seq(x: torch.Tensor, batch_shape: tuple[int, int] | None) -> torch.Tensor:
+    """`(..., in_features)` → `(batch, seq, in_features)`; some models flatten (batch, seq) before a linear layer."""
+    if x.dim() == 3:
+        return x
+    if x.dim() == 2:
+        if batch_shape is not None and x.shape[0] == batch_shape[0] * batch_shape[1]:
+            return x.unflatten(0, batch_shape)
+        return x.unsqueeze(1)
+    return x.flatten(1, -2)

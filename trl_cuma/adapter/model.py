@@ -1,0 +1,290 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""`CuMAModel`: puts CuMA layers into a model, and brings the profile to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .conditioning import Conditioning, ConditioningStack, carry_conditioning_through_checkpoints
+from .config import DEFAULT_DEMOGRAPHIC_DIM, CuMAConfig
+from .layer import CuMALayer, CuMALinear, raise_not_mergeable
+from .losses import RouterLosses
+from .peft_type import CUMA
+
+
+class CuMAModel(BaseTuner):
+    """
+    A model with CuMA layers. Made by `get_peft_model(model, CuMAConfig(...))`.
+
+    Its `forward` and `generate` take, beside the base model's arguments:
+
+    Args:
+        demographic_embeds (`torch.Tensor`): `(batch, demographic_dim)`, one row per sample (in `generate`: per prompt);
+            with `demographic_ids`, `(profiles, demographic_dim)`.
+        demographic_ids (`torch.Tensor`, *optional*, `forward` only): `(rows, seq)` for packed rows: each token's row of
+            `demographic_embeds`.
+        output_router_losses (`str`, *optional*, `forward` only): `"local"` or `"ranks"`: puts `aux_loss`, `z_loss`,
+            `router_load` and `router_entropy` into the output, as keys. Add the first two, times a coefficient, to
+            the loss; their gradients reach the routers under every checkpointing mode.
+
+    Raises:
+        ValueError: if a profile is missing (unless `missing_demographics="zero"`) or the wrong number of rows, or a
+            vector of the wrong length, is passed.
+    """
+
+    prefix = "cuma_"
+    tuner_layer_cls = CuMALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    uses_shared_state = True
+
+    # ------------------------------------------------------------------ injection
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        if "cuma_demographic" not in self._modules:  # the first adapter: called from BaseTuner.__init__
+            self.cuma_demographic = nn.ModuleDict()
+            self._conditioning = ConditioningStack()
+            self._hooks = [
+                model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+                model.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True),
+            ]
+        config = self.peft_config[adapter_name]
+        if config.demographic_dim is None:
+            config.demographic_dim = DEFAULT_DEMOGRAPHIC_DIM
+        if config.demographic_projection is not None:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self.cuma_demographic[adapter_name] = nn.Linear(
+                    config.demographic_dim, config.demographic_projection, bias=False
+                )
+        self._leaders: dict[tuple, CuMALinear] = {}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            if adapter_name in self.cuma_demographic:
+                del self.cuma_demographic[adapter_name]
+            raise
+        finally:
+            del self._leaders
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _create_and_replace(
+        self,
+        config: CuMAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, CuMALinear):
+            layer = target
+        else:
+            layer = self._new_layer(target, parent, current_key)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
+        group = _router_group(config, current_key)
+        leader = None
+        if group is not None:
+            leader = self._leaders.setdefault((*group, layer.in_features), layer)
+        layer.update_layer(adapter_name, config, r, alpha, leader=None if leader is layer else leader)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> CuMALinear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization_kwargs = get_quantization_kwargs(self)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"CuMA cannot target `{key}`: nn.MultiheadAttention reads its weight without calling it, so the adapter "
+                "would be ignored. Target other linear layers."
+            )
+        if not isinstance(base, nn.Linear | Conv1D):
+            backend = resolve_quantization_backend(base, **quantization_kwargs)
+            if getattr(backend, "layer_type", None) != "linear":
+                raise ValueError(
+                    f"CuMA cannot target `{key}` of type {type(base).__name__}: it adapts linear layers (nn.Linear, "
+                    "Conv1D, and quantized ones that PEFT knows). Name linear layers in `target_modules`, or use "
+                    "`target_modules='all-linear'`."
+                )
+        layer = CuMALinear(target, self._conditioning, **quantization_kwargs)
+        layer._active_adapter = self.active_adapters
+        return layer
+
+    # ------------------------------------------------------------------ the profile's way in
+    def _begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Take CuMA's arguments out of the base model's call. Hooks on the base serve every PeftModel class alike."""
+        embeds = kwargs.pop("demographic_embeds", None)
+        ids = kwargs.pop("demographic_ids", None)
+        scope = kwargs.pop("output_router_losses", None)
+        inherited = self._conditioning.current
+        self._conditioning.push(inherited)  # `_end_forward` pops, also if what follows raises
+        if inherited is not None and embeds is None:
+            return args, kwargs  # a decoding step inside `generate`
+        if ids is not None and embeds is None:
+            raise ValueError(
+                "`demographic_ids` was passed without `demographic_embeds`. Pass (profiles, dim) embeddings."
+            )
+        tokens = _first_tensor(*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        batch_shape = tuple(tokens.shape[:2]) if tokens is not None and tokens.dim() >= 2 else None
+        losses = None
+        if scope is not None:
+            mask = kwargs.get("attention_mask")
+            if mask is None and batch_shape is not None:
+                mask = tokens.new_ones(batch_shape)
+            losses = RouterLosses(
+                mask, None if ids is None else _document_starts(ids, kwargs.get("position_ids")), scope
+            )
+        conditioning = self._condition(embeds, ids=ids, batch_shape=batch_shape, losses=losses)
+        self._conditioning.pop()
+        self._conditioning.push(conditioning)
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            carry_conditioning_through_checkpoints(model, self._conditioning)
+        return args, kwargs
+
+    def _end_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        conditioning = self._conditioning.pop()
+        if output is None or conditioning is None or conditioning.losses is None:
+            return output
+        if not isinstance(output, dict):
+            raise TypeError(
+                f"`output_router_losses` needs a model that returns a dict-like output, got {type(output).__name__}. "
+                "Call the model with `return_dict=True`."
+            )
+        for key, value in conditioning.losses.finish().items():
+            output[key] = value  # a key: accelerate's conversion to float32 loses attributes
+        return output
+
+    def generate(self, *args: Any, demographic_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, for the people of `demographic_embeds` `(prompts, demographic_dim)`."""
+        if demographic_embeds is None:
+            return self.model.generate(*args, **kwargs)
+        names = ("input_ids", "inputs", "inputs_embeds")
+        prompts = _first_tensor(*args[:1], *(kwargs.get(name) for name in names))
+        if prompts is not None and prompts.shape[0] != demographic_embeds.shape[0]:
+            raise ValueError(
+                f"`demographic_embeds` has {demographic_embeds.shape[0]} rows but there are {prompts.shape[0]} prompts. "
+                "Pass one row per prompt; beams and `num_return_sequences` are taken care of."
+            )
+        with self._conditioning.use(self._condition(demographic_embeds, expand=True)):
+            return self.model.generate(*args, **kwargs)
+
+    def _condition(self, embeds: torch.Tensor | None, **kwargs: Any) -> Conditioning:
+        profiles: dict[str, torch.Tensor] = {}
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if config.routing == "semantic":
+                continue
+            if embeds is None:
+                if config.missing_demographics == "zero":
+                    size = config.demographic_projection or config.demographic_dim
+                    device = next(self.model.parameters()).device
+                    profiles[name] = torch.zeros(1, size, device=device)
+                continue
+            if embeds.dim() != 2 or embeds.shape[1] != config.demographic_dim:
+                raise ValueError(
+                    f"`demographic_embeds` must have shape (rows, {config.demographic_dim}) for adapter {name!r}, got "
+                    f"{tuple(embeds.shape)}. `demographic_dim={config.demographic_dim}` in CuMAConfig must be the "
+                    "encoder's."
+                )
+            projection = self.cuma_demographic[name] if name in self.cuma_demographic else None
+            profiles[name] = embeds if projection is None else projection(embeds.to(projection.weight))
+        return Conditioning(profiles, broadcast=embeds is None, **kwargs)
+
+    # ------------------------------------------------------------------ PEFT's life cycle, for the shared projection
+    # BaseTuner looks after tuner *layers*; these do the same for what belongs to the whole adapter.
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for name, module in self.cuma_demographic.items():
+            module.requires_grad_(name in _as_list(adapter_name) and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name, module in self.cuma_demographic.items():
+            if name in _as_list(adapter_names):
+                module.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.cuma_demographic:
+            del self.cuma_demographic[adapter_name]
+
+    def unload(self) -> nn.Module:
+        model = super().unload()
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.cuma_demographic:
+            self.cuma_demographic[adapter_name].float()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.cuma_demographic:
+            return
+        layers = (m for m in self.model.modules() if isinstance(m, CuMALinear) and adapter_name in m.cuma_experts)
+        like = next(layers).cuma_experts[adapter_name].weight_a
+        projection = self.cuma_demographic[adapter_name]
+        if not like.is_meta and not projection.weight.is_meta:
+            projection.to(device=device or like.device, dtype=like.dtype)  # one dtype: ZeRO-3 needs it
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = key.replace(f"cuma_demographic.{adapter_name}.", "cuma_demographic.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise_not_mergeable()
+
+
+def _as_list(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _first_tensor(*candidates: Any) -> torch.Tensor | None:
+    return next((value for value in candidates if isinstance(value, torch.Tensor)), None)
+
+
+def _router_group(config: CuMAConfig, key: str) -> tuple[str, int] | None:
+    parent, _, name = key.rpartition(".")
+    for index, names in enumerate(config.router_groups or []):
+        if name in names:
+            return parent, index
+    return None
+
+
+def _document_starts(ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """`(rows, seq)`: where packed documents begin; without positions, where the profile changes."""
+    if position_ids is not None:
+        return position_ids.eq(0)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return starts
+
+
+if CUMA not in PEFT_TYPE_TO_TUNER_MAPPING:  # registering twice (a reload in a notebook) would raise
+    register_peft_method(name="cuma", config_cls=CuMAConfig, model_cls=CuMAModel)
