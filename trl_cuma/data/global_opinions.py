@@ -1,0 +1,223 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""
+GlobalOpinionQA: how the people of a country answered a survey question, as a distribution over its options.
+
+The file holds one JSON object per line:
+
+    {"qid": "g01", "question": "…", "country": "Kenya", "options": ["Very good", …], "dist": [0.2, …], "sources": […]}
+
+`options` stand in scale order. Country is the only attribute. The published rows are shares, not people: the people of
+the returned survey are simulated, one per answer, which is drawn from the row's distribution.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from .survey import OPTION_LETTERS, Answers, Cells, Question, Survey
+
+# The two surveys behind the data set name these countries differently; no question holds both names.
+COUNTRY_ALIASES = {
+    "S. Korea": "South Korea",
+    "Czech Rep.": "Czechia",
+    "Great Britain": "Britain",
+    "Taiwan ROC": "Taiwan",
+}
+
+MIN_TRAINING_CELLS = 3
+"""Training cells that every country and every question with a held-out cell keeps."""
+
+
+def load_global_opinions(
+    path: str | PathLike[str],
+    *,
+    seed: int = 0,
+    answers_per_cell: int = 200,
+    holdout: float = 0.2,
+    validation: float = 0.1,
+    min_countries: int = 6,
+    max_questions: int | None = 100,
+) -> Survey:
+    """
+    Load GlobalOpinionQA rows as a survey with held-out (question, country) cells.
+
+    Cells are held out only while their country and their question keep at least three training cells, so a country
+    with few rows is trained on and never evaluated. A row's distribution is taken as the truth of its cell.
+
+    Args:
+        path (`str` or `PathLike`): The JSONL file.
+        seed (`int`): Seed of the split and of the sampled answers.
+        answers_per_cell (`int`): Answers to draw per cell, each from a person of its own.
+        holdout (`float`): Share of the cells to hold out for the final evaluation, split `"held_out_cells"`.
+        validation (`float`): Share of the cells to hold out for choosing settings, split `"validation"`.
+        min_countries (`int`): Leave out questions that were asked in fewer countries.
+        max_questions (`int`, *optional*): Keep the questions on which countries differ most: those with the highest
+            mutual information between country and answer, computed over training cells only. `None` keeps all.
+
+    Returns:
+        `Survey`: With splits `"train"`, `"validation"` and `"held_out_cells"`; `fields` is `("country",)`.
+
+    Raises:
+        `ValueError`: An argument is out of its range, no question has enough countries, or a row is malformed; the
+            message names the file, the line and the field.
+    """
+    if answers_per_cell < 1:
+        raise ValueError(f"`answers_per_cell` must be at least 1, got {answers_per_cell}.")
+    if holdout <= 0 or validation <= 0 or holdout + validation >= 1:
+        raise ValueError(
+            f"`holdout` and `validation` must be positive shares with a sum below 1, got {holdout} and {validation}."
+        )
+    rows = _read_rows(path)
+    num_countries = Counter(row["qid"] for row in rows)
+    rows = [row for row in rows if num_countries[row["qid"]] >= min_countries]
+    if not rows:
+        raise ValueError(f"{path}: no question was asked in {min_countries} countries or more. Lower `min_countries`.")
+    split_rng, answer_rng = np.random.default_rng(seed).spawn(2)
+    split = _split_cells(rows, split_rng, holdout, validation)
+    if max_questions is not None:
+        rows, split = _keep_most_divided(rows, split, max_questions)
+
+    # In the published data the wording of one question differs between rows by white space at most.
+    questions = {
+        row["qid"]: Question(row["qid"], _one_line(row["question"]), tuple(map(_one_line, row["options"])))
+        for row in rows
+    }
+    question_index = {qid: index for index, qid in enumerate(questions)}
+    country_index = {country: index for index, country in enumerate(sorted({row["country"] for row in rows}))}
+    question = np.array([question_index[row["qid"]] for row in rows])
+    profile = np.array([country_index[row["country"]] for row in rows])
+    truth = np.zeros((len(rows), max(len(row["dist"]) for row in rows)))
+    for index, row in enumerate(rows):
+        truth[index, : len(row["dist"])] = row["dist"]
+    truth /= truth.sum(1, keepdims=True)
+
+    counts = answer_rng.multinomial(answers_per_cell, truth)  # (cells, options)
+    cell = np.repeat(np.arange(len(rows)), answers_per_cell)
+    choice = np.repeat(np.tile(np.arange(truth.shape[1]), len(rows)), counts.reshape(-1))
+    answers, cells = {}, {}
+    for name in ("train", "validation", "held_out_cells"):
+        in_split = split == name
+        if not in_split.any():
+            raise ValueError(
+                f"{path}: no cell could be put into split {name!r}. Use more rows, a higher `max_questions` or "
+                "a higher share."
+            )
+        people = np.flatnonzero(in_split[cell])
+        answers[name] = Answers(people, question[cell[people]], profile[cell[people]], choice[people])
+        if name != "train":
+            cells[name] = Cells(question[in_split], profile[in_split], truth[in_split])
+    profiles = [{"country": country} for country in country_index]
+    return Survey(list(questions.values()), ("country",), profiles, answers, cells)
+
+
+def _read_rows(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """Read and check every row. Errors name fields and lines, never a country."""
+    rows: list[dict[str, Any]] = []
+    first_line: dict[tuple[str, str], int] = {}
+    first_options: dict[str, tuple[int, list[str]]] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            row = _check_row(line, where)
+            row["country"] = COUNTRY_ALIASES.get(row["country"], row["country"])
+            key = (row["qid"], row["country"])
+            if key in first_line:
+                raise ValueError(
+                    f"{where}: fields `qid` and `country` repeat those of line {first_line[key]} "
+                    f"(qid {row['qid']!r}). Keep one row per question and country."
+                )
+            first_line[key] = number
+            earlier, options = first_options.setdefault(row["qid"], (number, row["options"]))
+            if row["options"] != options:
+                raise ValueError(
+                    f"{where}: field `options` differs from that of line {earlier} (qid {row['qid']!r}). Give "
+                    "questions with different options different `qid`s."
+                )
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: the file holds no rows.")
+    return rows
+
+
+def _check_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        # `from None`: the cause would carry the whole line, country and all.
+        raise ValueError(f"{where}: not a JSON object ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object but a {type(row).__name__}.")
+    for field in ("qid", "question", "country", "options", "dist"):
+        if field not in row:
+            raise ValueError(f"{where}: field `{field}` is missing.")
+    for field in ("qid", "question", "country"):
+        if not isinstance(row[field], str) or not row[field].strip():
+            raise ValueError(f"{where}: field `{field}` must be a text that is not empty.")
+    options, dist = row["options"], row["dist"]
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"{where}: field `options` must be a list of texts.")
+    if not 2 <= len(options) <= len(OPTION_LETTERS):
+        raise ValueError(f"{where}: field `options` must hold 2 to {len(OPTION_LETTERS)} texts, got {len(options)}.")
+    if not isinstance(dist, list) or not all(type(share) in (int, float) for share in dist):
+        raise ValueError(f"{where}: field `dist` must be a list of numbers.")
+    if len(dist) != len(options):
+        raise ValueError(f"{where}: field `dist` holds {len(dist)} numbers for {len(options)} `options`.")
+    if not all(share >= 0 for share in dist):  # also refuses NaN
+        raise ValueError(f"{where}: field `dist` must not be negative, got {min(dist)}.")
+    if not abs(sum(dist) - 1) <= 1e-3:
+        raise ValueError(f"{where}: field `dist` must sum to 1 (within 0.001), got {sum(dist):.4f}.")
+    return row
+
+
+def _split_cells(
+    rows: list[dict[str, Any]], rng: np.random.Generator, holdout: float, validation: float
+) -> np.ndarray:
+    """Walk the cells in random order; hold out what country and question can spare, until both shares are filled."""
+    countries_left, questions_left = Counter(row["country"] for row in rows), Counter(row["qid"] for row in rows)
+    wanted = ["held_out_cells"] * round(holdout * len(rows)) + ["validation"] * round(validation * len(rows))
+    split = np.full(len(rows), "train", dtype=object)
+    for index in rng.permutation(len(rows)):
+        country, qid = rows[index]["country"], rows[index]["qid"]
+        if wanted and min(countries_left[country], questions_left[qid]) > MIN_TRAINING_CELLS:
+            split[index] = wanted.pop(0)
+            countries_left[country] -= 1
+            questions_left[qid] -= 1
+    return split
+
+
+def _keep_most_divided(
+    rows: list[dict[str, Any]], split: np.ndarray, max_questions: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The questions whose *training* cells have the highest mutual information between country and answer."""
+    training: dict[str, list[list[float]]] = {}
+    for row, name in zip(rows, split, strict=True):
+        if name == "train":
+            training.setdefault(row["qid"], []).append(row["dist"])
+    ranked = sorted(training, key=lambda qid: (-_mutual_information(np.array(training[qid])), qid))
+    chosen = set(ranked[:max_questions])
+    kept = [index for index, row in enumerate(rows) if row["qid"] in chosen]
+    rows, split = [rows[index] for index in kept], split[kept]
+    # A country may have lost training cells with the other questions: what is held out of it goes to training then.
+    left = Counter(row["country"] for row, name in zip(rows, split, strict=True) if name == "train")
+    too_few = [left[row["country"]] < MIN_TRAINING_CELLS for row in rows]
+    return rows, np.where(too_few, "train", split)
+
+
+def _mutual_information(dists: np.ndarray) -> float:
+    """`H(mean_c p_c) - mean_c H(p_c)` in nats, countries `c` weighing the same; `dists`: `(countries, options)`."""
+
+    def entropy(probs: np.ndarray) -> np.ndarray:
+        return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)
+
+    return float(entropy(dists.mean(0)) - entropy(dists).mean())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
