@@ -1,0 +1,41 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""
+trl_cuma: Cultural Mixture of Adapters for TRL.
+
+Importing this package registers the PEFT method `CUMA`: `get_peft_model(model, CuMAConfig(...))` and
+`PeftModel.from_pretrained` then work. The trainers are imported on first use, since TRL takes seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .adapter import CuMAConfig, CuMAModel, compute_gates
+from .demographics import DemographicProfile, DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
+
+if TYPE_CHECKING:
+    from .trainers import CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer
+
+__version__ = "0.1.0.dev0"
+
+_TRAINERS = ("CuMADPOConfig", "CuMADPOTrainer", "CuMASFTConfig", "CuMASFTTrainer")
+
+__all__ = [
+    "CuMAConfig",
+    "CuMADPOConfig",
+    "CuMADPOTrainer",
+    "CuMAModel",
+    "CuMASFTConfig",
+    "CuMASFTTrainer",
+    "DemographicProfile",
+    "DemographicTable",
+    "FieldEncoder",
+    "TextEncoder",
+    "compute_gates",
+    "encoder_from_state",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINERS:
+        return getattr(import_module(".trainers", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

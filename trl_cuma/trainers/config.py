@@ -1,0 +1,77 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""What belongs to a CuMA training run, beside TRL's own arguments."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import DPOConfig, SFTConfig
+
+
+@dataclass
+class CuMATrainingArguments:
+    """
+    Arguments that every CuMA trainer adds to TRL's.
+
+    Args:
+        cuma_aux_loss_coef (`float`): weight of the load-balancing loss (paper: 0.01); 0 leaves it out.
+        cuma_z_loss_coef (`float`): weight of the router z-loss.
+        cuma_aux_loss_scope (`str`): whose load the balance loss reads: `"local"`, each process's micro-batch, or
+            `"ranks"`, that of all processes.
+        cuma_adapter_path (`str`, *optional*): a trained CuMA adapter to go on training, e.g. from SFT to DPO. It is
+            loaded as the trainable adapter `default`.
+        demographic_column (`str`): the data set's column with each row's profile: text, a mapping from field to value,
+            or a vector.
+        demographic_person_column (`str`): a column that tells people apart, where the data set has it: a field
+            encoder's minimum count is then over people and not over rows.
+        demographic_cache_dir (`str`, *optional*): where text embeddings of profiles are kept between runs; by default
+            a folder in the Hugging Face cache. Hashed keys and vectors, no profile text.
+    """
+
+    cuma_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
+    cuma_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+    cuma_aux_loss_scope: Literal["local", "ranks"] = field(
+        default="local", metadata={"help": "Whose load the balance loss reads: this process's, or all ranks'."}
+    )
+    cuma_adapter_path: str | None = field(default=None, metadata={"help": "A trained CuMA adapter to go on training."})
+    demographic_column: str = field(
+        default="demographic", metadata={"help": "The data set's column with each row's profile."}
+    )
+    demographic_person_column: str = field(
+        default="person_id", metadata={"help": "A column that tells people apart, used where it exists."}
+    )
+    demographic_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where text embeddings of profiles are kept between runs."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # TRL's
+        for name in ("cuma_aux_loss_coef", "cuma_z_loss_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        if self.cuma_aux_loss_scope not in ("local", "ranks"):
+            raise ValueError(f"`cuma_aux_loss_scope` must be 'local' or 'ranks', got {self.cuma_aux_loss_scope!r}.")
+
+
+@dataclass
+class CuMASFTConfig(CuMATrainingArguments, SFTConfig):
+    """
+    TRL's `SFTConfig` and [`CuMATrainingArguments`].
+
+    Args:
+        demographic_dropout (`float`): share of training rows whose profile is replaced by zeros (the average profile),
+            so that the adapter also learns to answer without one.
+    """
+
+    demographic_dropout: float = field(
+        default=0.0, metadata={"help": "Share of training rows whose profile is replaced by zeros."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.demographic_dropout <= 1.0:
+            raise ValueError(f"`demographic_dropout` must be in [0, 1], got {self.demographic_dropout}.")
+
+
+@dataclass
+class CuMADPOConfig(CuMATrainingArguments, DPOConfig):
+    """TRL's `DPOConfig` and [`CuMATrainingArguments`]."""

@@ -1,0 +1,117 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""Which encoder a run uses, and the adapter configuration that goes with it."""
+
+import os
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from huggingface_hub.constants import HF_HOME
+from trl.data_utils import get_dataset_column_names
+
+from ..adapter import CuMAConfig
+from ..adapter.config import DEFAULT_DEMOGRAPHIC_DIM
+from ..demographics import DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
+from ..demographics.profile import is_vector
+from .config import CuMATrainingArguments
+
+Encoder = FieldEncoder | TextEncoder
+
+
+def check_demographic_column(dataset: Dataset | IterableDataset, column: str, name: str) -> None:
+    """Raise `ValueError`, naming the column and those present, if `dataset` hasn't got it."""
+    columns = get_dataset_column_names(dataset)
+    if column not in columns:
+        raise ValueError(
+            f"The {name} data set has no {column!r} column; it has {sorted(columns)}. CuMA routes each row by its "
+            "profile: add the column (text, a mapping from field to value, or a vector), or name yours with "
+            "`demographic_column`. A plain MoE-LoRA without profiles is `routing='semantic'`."
+        )
+
+
+def resolve_encoder(
+    config: CuMAConfig, encoder: Encoder | None, dataset: Dataset | IterableDataset, args: CuMATrainingArguments
+) -> Encoder | None:
+    """
+    The encoder of a run, fitted: the one that the adapter was trained with, or the user's, or the paper's text
+    encoder. `None` where the column holds vectors.
+
+    Raises:
+        ValueError: if the adapter was trained with another encoder, or an unfitted one meets a streaming data set.
+    """
+    if config.demographic_encoder is not None:
+        if encoder is None:
+            return encoder_from_state(config.demographic_encoder)
+        expected = config.demographic_encoder["fingerprint"]
+        if not encoder.is_fitted or encoder.fingerprint != expected:
+            raise ValueError(
+                "`demographic_encoder` is not the encoder that this adapter was trained with (fingerprint "
+                f"{encoder.fingerprint[:12] if encoder.is_fitted else 'none: not fitted'}, the adapter's "
+                f"{expected[:12]}), so its vectors would mean nothing to the router. Leave `demographic_encoder` out: "
+                "the adapter keeps its own."
+            )
+        return encoder
+    first = next(iter(dataset))[args.demographic_column]
+    if is_vector(first):
+        if encoder is not None:
+            raise ValueError(
+                f"The {args.demographic_column!r} column holds vectors, which need no encoder. Leave "
+                "`demographic_encoder` out, or pass text or mappings."
+            )
+        return None
+    encoder = encoder or TextEncoder()
+    if not encoder.is_fitted:
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "A streaming data set cannot fit the demographic encoder: it would have to be read twice. Fit it "
+                "first, `encoder.fit(profiles)`, and pass it as `demographic_encoder`."
+            )
+        people = args.demographic_person_column
+        encoder.fit(
+            dataset[args.demographic_column],
+            person_ids=dataset[people] if people in dataset.column_names else None,
+            show_progress=True,
+        )
+    return encoder
+
+
+def adopt_encoder(config: CuMAConfig, encoder: Encoder | None, dim: int, *, injected: bool) -> None:
+    """
+    Write the vectors' size and the encoder's state into the adapter's configuration.
+
+    Args:
+        injected (`bool`): the adapter exists already, so that its size is fixed.
+
+    Raises:
+        ValueError: if the configuration names another size.
+    """
+    if config.demographic_dim is None and not injected:
+        config.demographic_dim = dim
+    expected = config.demographic_dim or DEFAULT_DEMOGRAPHIC_DIM
+    if expected != dim:
+        raise ValueError(
+            f"`demographic_dim={expected}` in CuMAConfig, but the profiles' vectors have {dim} entries. Leave "
+            "`demographic_dim` unset and pass `peft_config` to the trainer, which then sets it."
+        )
+    if encoder is not None:
+        config.demographic_encoder = encoder.state()
+
+
+def build_table(
+    config: CuMAConfig,
+    encoder: Encoder | None,
+    datasets: dict[str, Dataset | IterableDataset],
+    args: CuMATrainingArguments,
+) -> DemographicTable:
+    """Encode the unique profiles of the data sets once. Streaming ones are encoded as they come."""
+    cache_dir = args.demographic_cache_dir or os.path.join(HF_HOME, "trl_cuma", "demographics")
+    table = DemographicTable(encoder, missing=config.missing_demographics, cache_dir=cache_dir)
+    values: list[Any] = []
+    for name, dataset in datasets.items():
+        check_demographic_column(dataset, args.demographic_column, name)
+        if isinstance(dataset, Dataset):
+            values.extend(dataset[args.demographic_column])
+        else:
+            values.append(next(iter(dataset))[args.demographic_column])
+    with args.main_process_first(desc="demographic table"):  # the others then find the cache
+        table.add(values)
+    return table

@@ -1,0 +1,189 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""The one mechanism that all CuMA trainers share: it carries the profile, and adds the router losses."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from trl.trainer.utils import create_model_from_path
+
+from ..adapter import CuMAConfig
+from .collation import DemographicCollator
+from .demographics import Encoder, adopt_encoder, build_table, check_demographic_column, resolve_encoder
+
+
+class CuMATrainerMixin:
+    """
+    Put before a TRL trainer. Three changes: each batch holds `demographic_embeds` from the data set's demographic
+    column; the router losses are added to the training loss (never to the evaluation loss, so that early stopping and
+    best-model selection read the task loss); router statistics are logged.
+
+    Args:
+        model, args, train_dataset, eval_dataset, peft_config, kwargs: as in TRL, by keyword; `args.cuma_adapter_path`
+            names an adapter to continue.
+        demographic_encoder ([`TextEncoder`] or [`FieldEncoder`], *optional*): turns profiles into vectors; fitted on
+            the training data if it is not yet. By default the encoder that the adapter was trained with; for a new
+            adapter the paper's text encoder. A column of vectors needs none.
+
+    Logged: `aux_loss` (1 is an even load), `z_loss` where weighted, `router/utilization` (exp of the load's entropy
+    over the number of experts, mean over routers: 1 is even), `router/entropy` (mean entropy of the router's
+    probabilities, nats) and `router/dead_experts` (experts, over all routers, with less than 1 % of an even load since
+    the last log).
+    """
+
+    config_class: type
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        peft_config: PeftConfig | None = None,
+        demographic_encoder: Encoder | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = self.config_class() if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"`args` must be a {self.config_class.__name__}, got {type(args).__name__}.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
+        if args.cuma_adapter_path is not None:
+            if peft_config is not None:
+                raise ValueError(
+                    "`peft_config` and `cuma_adapter_path` were both passed: the first makes a new adapter, the "
+                    "second continues a trained one. Leave one out."
+                )
+            model = _load_adapter(model, args, kwargs.get("quantization_config"))
+        config = _adapter_config(model, peft_config)
+        if peft_config is not None and config.task_type is None:
+            config.task_type = "CAUSAL_LM"  # so that the saved adapter's `generate` takes profiles
+        self._routed = config.routing != "semantic"
+        if self._routed:
+            self._refuse_what_loses_profiles(args)
+            check_demographic_column(train_dataset, args.demographic_column, "training")
+            with args.main_process_first(desc="demographic encoder"):
+                encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
+            named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
+            datasets = {"training": train_dataset, **{k: v for k, v in named.items() if v is not None}}
+            self.demographic_table = build_table(config, encoder, datasets, args)
+            adopt_encoder(config, encoder, self.demographic_table.dim, injected=peft_config is None)
+        self._demographic_column = args.demographic_column
+        self._router_metrics: dict[str, list[torch.Tensor]] = {}
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError(
+                "The base model is itself a mixture of experts whose router loss TRL adds under the same name. Set "
+                "`router_aux_loss_coef=0`: the base's routers are frozen."
+            )
+
+    def _refuse_what_loses_profiles(self, args: Any) -> None:
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(args, name, False):
+                raise NotImplementedError(
+                    f"`{name}=True` joins documents of several people into one row, which the CuMA trainers don't "
+                    f"route yet. Set `{name}=False`."
+                )
+        if args.fsdp and (args.fsdp_config or {}).get("activation_checkpointing"):
+            raise ValueError(
+                "FSDP's `activation_checkpointing` loses the demographic profile when it recomputes a layer. Set it "
+                "to false, and `gradient_checkpointing=True` in the trainer's arguments."
+            )
+
+    # ------------------------------------------------------------------ the profile's way into the batch
+    @property
+    def data_collator(self) -> Callable:
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Callable) -> None:
+        # Set by Trainer.__init__, before TRL precomputes reference log-probabilities with it.
+        if self._routed and not isinstance(collator, DemographicCollator):
+            collator = DemographicCollator(collator, self.demographic_table, self._demographic_column)
+        self._data_collator = collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._routed and self._demographic_column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, self._demographic_column]
+
+    # ------------------------------------------------------------------ the router losses
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not (self.model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        router: dict[str, torch.Tensor] = {}
+
+        def forward(*model_args: Any, **model_kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # a forward for metrics only
+                return model(*model_args, **model_kwargs)
+            outputs = model(*model_args, output_router_losses=self.args.cuma_aux_loss_scope, **model_kwargs)
+            router.update({key: outputs[key] for key in ("aux_loss", "z_loss", "router_load", "router_entropy")})
+            return outputs
+
+        result = super().compute_loss(forward, inputs, *args, **kwargs)
+        loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+        scale = self._router_loss_scale(kwargs.get("num_items_in_batch"))
+        for key, weight in (("aux_loss", self.args.cuma_aux_loss_coef), ("z_loss", self.args.cuma_z_loss_coef)):
+            if weight:
+                loss = loss + scale * weight * router[key]
+        for key, value in router.items():
+            self._router_metrics.setdefault(key, []).append(value.detach())  # stays on the device until `log`
+        return (loss, *rest) if rest else loss
+
+    def _router_loss_scale(self, num_items_in_batch: Any) -> float:
+        """Router losses are means over micro-batches; 1 where `Trainer` divides the loss by their number itself."""
+        return 1.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training and self._router_metrics:
+            values = {name: torch.stack(seen).mean(0, keepdim=True) for name, seen in self._router_metrics.items()}
+            means = {name: self.accelerator.gather(value).mean(0) for name, value in values.items()}
+            load = means["router_load"]
+            experts = load.shape[-1]
+            logs["aux_loss"] = means["aux_loss"].item()
+            if self.args.cuma_z_loss_coef:
+                logs["z_loss"] = means["z_loss"].item()
+            logs["router/utilization"] = (torch.special.entr(load).sum(-1).exp().mean() / experts).item()
+            logs["router/entropy"] = means["router_entropy"].item()
+            logs["router/dead_experts"] = (load < 0.01 / experts).sum().item()
+            self._router_metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def _load_adapter(model: Any, args: Any, quantization_config: Any) -> PeftModel:
+    """The base model with the trained adapter of `args.cuma_adapter_path`, trainable, as `default`."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`cuma_adapter_path` was passed with a model that has an adapter. Pass the base model, or its name."
+        )
+    if isinstance(model, str):
+        model_init_kwargs = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            model_init_kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            model_init_kwargs["device_map"] = None  # as TRL does: "auto" fails there
+        model = create_model_from_path(model, **model_init_kwargs)
+        args.model_init_kwargs = None  # used here; TRL warns of them beside a model instance
+    return PeftModel.from_pretrained(model, args.cuma_adapter_path, is_trainable=True)
+
+
+def _adapter_config(model: Any, peft_config: PeftConfig | None) -> CuMAConfig:
+    config = peft_config
+    if config is None and isinstance(model, PeftModel):
+        config = model.active_peft_config
+    if not isinstance(config, CuMAConfig):
+        raise TypeError(
+            f"A CuMA trainer needs a CuMA adapter, got {'none' if config is None else type(config).__name__}. Pass "
+            "`peft_config=CuMAConfig(...)`, a model with a CuMA adapter, or `cuma_adapter_path`."
+        )
+    return config
