@@ -1,0 +1,235 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""The quick start's tables (Markdown) and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.survey import Cells, Survey, format_prompt
+
+SPLIT_NAMES = {
+    "held_out_people": "held-out people",
+    "held_out_combinations": "held-out combinations",
+    "held_out_cells": "held-out question-country cells",
+}
+BASELINE_NAMES = {"marginal": "training marginal", "oracle": "oracle (truth)"}
+
+
+def sft_table(results: Sequence[Mapping[str, Any]], fitted_name: str) -> str:
+    """One row per arm and baseline, one block per split; over several runs the mean ± standard deviation."""
+    first = results[0]["sft"]
+    splits = list(next(iter(first["baselines"].values())))
+    metrics = [
+        ("emd", "EMD ↓", 3),
+        ("kl", "KL ↓", 3),
+        ("accuracy", "accuracy ↑", 3),
+        ("gap_closed", "gap closed ↑", 2),
+    ]
+    metrics.append(("outside", "outside ↓", 4))
+    blocks = []
+    for split in splits:
+        lines = _header([f"SFT, {SPLIT_NAMES[split]}", "parameters", *(title for _, title, _ in metrics)])
+        names = {**BASELINE_NAMES, "fitted": fitted_name}
+        for key in ("marginal", "fitted"):
+            lines.append(_row(results, ("sft", "baselines", key, split), names[key], "", metrics))
+        for key, arm in first["arms"].items():
+            lines.append(_row(results, ("sft", "arms", key, split), arm["label"], f"{arm['parameters']:,}", metrics))
+        lines.append(_row(results, ("sft", "baselines", "oracle", split), names["oracle"], "", metrics))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def dpo_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Preference metrics; EMD and entropy are shown beside them and never ranked."""
+    first = results[0]["dpo"]
+    metrics = [
+        ("pair_log_loss", "pair log-loss ↓", 3),
+        ("pair_accuracy", "pair accuracy ↑", 3),
+        ("accuracy", "choice accuracy ↑", 3),
+        ("emd", "EMD *", 3),
+        ("entropy", "entropy, nats *", 2),
+    ]
+    blocks = []
+    for split in first["oracle"]:
+        lines = _header([f"DPO, {SPLIT_NAMES[split]}", *(title for _, title, _ in metrics)])
+        for key, arm in first["arms"].items():
+            lines.append(_row(results, ("dpo", "arms", key, split), arm["label"], None, metrics))
+        lines.append(_row(results, ("dpo", "oracle", split), "oracle (uniform pairs)", None, metrics))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n\n\\* sharpened by the objective: DPO's optimum is π_ref · p^(1/β). Not ranked.\n"
+
+
+def _header(titles: list[str]) -> list[str]:
+    return ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+
+
+def _row(
+    results: Sequence[Mapping[str, Any]],
+    path: tuple[str, ...],
+    label: str,
+    parameters: str | None,
+    metrics: list[tuple[str, str, int]],
+) -> str:
+    cells = [label] if parameters is None else [label, parameters]
+    for metric, _, digits in metrics:
+        values = []
+        for result in results:
+            node: Any = result
+            for key in path:
+                node = node[key]
+            if metric in node:
+                values.append(node[metric])
+        if not values:
+            cells.append("")
+        elif len(values) == 1:
+            cells.append(f"{values[0]:.{digits}f}")
+        else:
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def groups_of(survey: Survey, cells: Cells, limit: int = 4) -> dict[str, np.ndarray]:
+    """
+    Group name → the rows of `cells` that belong to it: a simulated profile's most likely latent group, or the
+    countries with the most cells.
+    """
+    if survey.group_probs is not None:
+        group = np.nan_to_num(survey.group_probs[cells.profile]).argmax(1)
+        return {f"group {index + 1}": np.flatnonzero(group == index) for index in range(survey.group_probs.shape[1])}
+    profile, count = np.unique(cells.profile, return_counts=True)
+    largest = profile[np.argsort(-count, kind="stable")[:limit]]
+    return {survey.profiles[index]["country"]: np.flatnonzero(cells.profile == index) for index in largest}
+
+
+@torch.no_grad()
+def expert_load(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    survey: Survey,
+    cells: Cells,
+    rows: np.ndarray,
+    vectors: torch.Tensor,
+    limit: int = 128,
+) -> np.ndarray:
+    """Share of the assignments that each expert gets, `(routers, experts)`, over some of a group's cells."""
+    rows = rows[:limit]
+    prompts = [format_prompt(survey.questions[index]) for index in cells.question[rows]]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
+    output = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        demographic_embeds=vectors[cells.profile[rows]],
+        output_router_losses="local",
+    )
+    return output["router_load"].numpy()
+
+
+def draw_figures(
+    output_dir: Path,
+    survey: Survey,
+    cells: Cells,
+    predicted: Mapping[str, np.ndarray],
+    load: Mapping[str, np.ndarray],
+    before_after: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> list[Path]:
+    """
+    Draw predicted against true distributions, expert use, and sharpening.
+
+    Args:
+        output_dir (`Path`): where `figures/` goes.
+        survey, cells: what was evaluated.
+        predicted (`dict`): arm label → option distributions `(cells, max_options)`.
+        load (`dict`): group → expert load `(routers, experts)`.
+        before_after (`dict`): arm label → entropies `(cells,)` after SFT and after DPO.
+
+    Raises:
+        ImportError: without matplotlib, the `plots` extra.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("The figures need matplotlib. Install it: pip install 'trl_cuma[plots]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder = output_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "distributions.png", folder / "experts.png", folder / "sharpening.png"]
+
+    groups = groups_of(survey, cells)
+    questions = _shown_questions(survey, cells, groups)
+    figure, axes = plt.subplots(
+        len(questions), len(groups), figsize=(3.1 * len(groups), 2.5 * len(questions)), squeeze=False, sharey="row"
+    )
+    for line, question in enumerate(questions):
+        for column, (group, rows) in enumerate(groups.items()):
+            axis = axes[line, column]
+            rows = rows[cells.question[rows] == question]
+            size = survey.num_options[question]
+            if len(rows):
+                axis.bar(np.arange(size), cells.truth[rows].mean(0)[:size], color="0.82", label="truth")
+                marginal = survey.training_marginal[question][:size]
+                axis.plot(np.arange(size), marginal, ":", color="0.35", label="training marginal")
+                for index, (label, probs) in enumerate(predicted.items()):
+                    axis.plot(np.arange(size), probs[rows].mean(0)[:size], "os^D"[index] + "-", ms=4, label=label)
+            axis.set_xticks(np.arange(size), [str(option + 1) for option in range(size)])
+            kind = " (consensus)" if survey.questions[question].consensus else ""
+            axis.set_title(f"{group}, {survey.questions[question].question_id}{kind}", fontsize=9)
+    axes[0, 0].set_ylabel("probability")
+    handles, labels = next(axis for axis in axes.flat if axis.has_data()).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.suptitle("Answers after SFT, by option (mean over a group's held-out profiles)")
+    figure.tight_layout(rect=(0, 0.05, 1, 0.98))
+    figure.savefig(paths[0], dpi=120)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(1, len(load), figsize=(3.1 * len(load), 3.2), squeeze=False, sharey=True)
+    for axis, (group, shares) in zip(axes.flat, load.items(), strict=True):
+        image = axis.imshow(shares, aspect="auto", vmin=0, vmax=0.5, cmap="viridis")
+        axis.set_title(group, fontsize=10)
+        axis.set_xlabel("expert")
+        axis.set_xticks(range(shares.shape[1]), [str(expert + 1) for expert in range(shares.shape[1])])
+    axes[0, 0].set_ylabel("router (layer, module)")
+    figure.suptitle("Expert use after SFT: share of assignments, by group")
+    figure.tight_layout()
+    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8)
+    figure.savefig(paths[1], dpi=120)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    truth = -(cells.truth * np.log(np.where(cells.truth > 0, cells.truth, 1))).sum(1)
+    positions = np.arange(len(before_after))
+    for offset, (name, index) in enumerate((("SFT", 0), ("DPO", 1))):
+        means = [pair[index].mean() for pair in before_after.values()]
+        axis.bar(positions + 0.38 * offset - 0.19, means, width=0.36, label=f"after {name}")
+    axis.axhline(truth.mean(), color="k", ls="--", lw=1, label="truth")
+    axis.set_xticks(positions, [label.replace(", ", ",\n") for label in before_after], fontsize=7)
+    axis.set_ylabel("mean entropy of the answers, nats")
+    axis.set_title("Sharpening from SFT to DPO", fontsize=11)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(paths[2], dpi=120)
+    plt.close(figure)
+    return paths
+
+
+def _shown_questions(survey: Survey, cells: Cells, groups: Mapping[str, np.ndarray], limit: int = 3) -> list[int]:
+    """Questions on which the groups differ most, and a consensus question where the survey knows one."""
+    spread = {}
+    for question in np.unique(cells.question):
+        means = [
+            cells.truth[rows[cells.question[rows] == question]].mean(0)
+            for rows in groups.values()
+            if (cells.question[rows] == question).any()
+        ]
+        if len(means) == len(groups):
+            spread[int(question)] = float(np.std(np.stack(means), axis=0).sum())
+    divided = [q for q in sorted(spread, key=spread.__getitem__, reverse=True) if not survey.questions[q].consensus]
+    agreed = [q for q in spread if survey.questions[q].consensus]
+    return divided[: limit - len(agreed[:1])] + agreed[:1]
