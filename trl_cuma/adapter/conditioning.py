@@ -3,8 +3,8 @@
 The profile's life through forward, generate and the recomputation of checkpointed layers.
 
 One [`Conditioning`] belongs to one forward (or one `generate`). It is on the model's [`ConditioningStack`] while that
-call runs, and it travels with each checkpointed call as explicit arguments, so that a recomputation sees the profiles of
-*its* forward: never a global, never "the last one seen".
+call runs, and it travels with each checkpointed call as explicit arguments, so that a recomputation sees the profiles
+of *its* forward: never a global, never "the last one seen".
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Conditioning:
         if not self.broadcast and part.shape[0] != batch:
             if not (self.expand and batch % part.shape[0] == 0):
                 raise ValueError(
-                    f"`demographic_embeds` has {part.shape[0]} rows but the batch has {batch}. Pass one row per sample, "
-                    "in the batch's order."
+                    f"`demographic_embeds` has {part.shape[0]} rows but the batch has {batch}. Pass one row per "
+                    "sample, in the batch's order."
                 )
             part = part.repeat_interleave(batch // part.shape[0], dim=0)
         return part.unsqueeze(1)
@@ -101,15 +101,19 @@ class ConditioningStack:
         self._stack.append(conditioning)
 
     def pop(self) -> Conditioning | None:
-        return self._stack.pop()
+        return self._stack.pop() if self._stack else None
+
+    def clear(self) -> None:
+        self._stack.clear()
 
     @contextmanager
     def use(self, conditioning: Conditioning | None) -> Iterator[None]:
+        depth = len(self._stack)
         self.push(conditioning)
         try:
             yield
         finally:
-            self.pop()
+            del self._stack[depth:]  # not one pop: a forward inside may have been interrupted before its own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConditioningStack:
         memo[id(self)] = new = ConditioningStack()
@@ -121,9 +125,9 @@ class ConditioningStack:
 
 class CheckpointWithConditioning:
     """
-    Stands in for a module's `_gradient_checkpointing_func`: the same checkpoint function, for a call that reinstalls its
-    conditioning when it is recomputed. The profiles are positional arguments of the checkpointed call, so that reentrant
-    checkpointing also returns their gradients (for a trainable projection).
+    Stands in for a module's `_gradient_checkpointing_func`: the same checkpoint function, for a call that reinstalls
+    its conditioning when it is recomputed. The profiles are positional arguments of the checkpointed call, so that
+    reentrant checkpointing also returns their gradients (for a trainable projection).
     """
 
     def __init__(self, checkpoint: Callable, stack: ConditioningStack) -> None:
@@ -155,11 +159,13 @@ def carry_conditioning_through_checkpoints(model: nn.Module, stack: Conditioning
     """
     for module in model.modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, CheckpointWithConditioning) and function.stack is not stack:
+            function = function.checkpoint  # of an adapter that has been unloaded
         if function is not None and not isinstance(function, CheckpointWithConditioning):
             module._gradient_checkpointing_func = CheckpointWithConditioning(function, stack)
         elif type(module).__name__ == "CheckpointWrapper":
             raise RuntimeError(
                 "CuMA loses the demographic profile under FSDP's own activation checkpointing. Set "
-                "`activation_checkpointing: false` in the FSDP configuration and `gradient_checkpointing: true` in the "
-                "trainer's."
+                "`activation_checkpointing: false` in the FSDP configuration and `gradient_checkpointing: true` in "
+                "the trainer's."
             )

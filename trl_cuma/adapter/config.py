@@ -11,7 +11,6 @@ from peft import PeftConfig
 from .peft_type import CUMA
 from .router import GATES, check_gate
 
-
 FORMAT_VERSION = 1
 DEFAULT_DEMOGRAPHIC_DIM = 1024  # the paper's Qwen3-Embedding-0.6B
 
@@ -133,11 +132,16 @@ class CuMAConfig(PeftConfig):
         check_gate(self.gate, self.top_k, self.num_experts)
         if self.routing == "semantic" and self.demographic_projection is not None:
             raise ValueError(
-                f"`demographic_projection={self.demographic_projection}` has no effect with `routing='semantic'`, whose "
-                "router reads no profile. Leave it unset, or use `routing='joint'`."
+                f"`demographic_projection={self.demographic_projection}` has no effect with `routing='semantic'`, "
+                "whose router reads no profile. Leave it unset, or use `routing='joint'`."
             )
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: set both, or neither.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform={self.layers_to_transform}` has no effect with the regular expression "
+                f"`target_modules={self.target_modules!r}`. List module names, or name the layers in the expression."
+            )
         names = [name for group in self.router_groups or [] for name in group]
         if len(names) != len(set(names)):
             raise ValueError(f"`router_groups` names a module twice: {self.router_groups}. A module has one router.")

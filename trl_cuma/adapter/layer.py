@@ -110,9 +110,9 @@ class CuMALinear(nn.Module, CuMALayer):
             logits = router(hidden, None, gather=None)
         elif conditioning is None or adapter_name not in conditioning.profiles:
             raise ValueError(
-                "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one row "
-                "per sample) to the model's `forward` or `generate`, train with a CuMA trainer and a `demographic` "
-                "column, or set `missing_demographics='zero'` in CuMAConfig to mean the average profile."
+                "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one "
+                "row per sample) to the model's `forward` or `generate`, train with a CuMA trainer and a "
+                "`demographic` column, or set `missing_demographics='zero'` in CuMAConfig to mean the average profile."
             )
         else:
             logits = router(
@@ -136,8 +136,8 @@ class CuMALinear(nn.Module, CuMALayer):
 
 def raise_not_mergeable() -> NoReturn:
     raise NotImplementedError(
-        "A CuMA adapter cannot be merged into its base: its gates depend on the input and on the person. Keep it as an "
-        "adapter, or use `unload()` to get the base model back."
+        "A CuMA adapter cannot be merged into its base: its gates depend on the input and on the person. Keep it as "
+        "an adapter, or use `unload()` to get the base model back."
     )
 
 

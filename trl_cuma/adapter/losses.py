@@ -1,12 +1,12 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """
-Router losses: pure functions of router logits and token weights, and the way in which their gradient reaches the router.
+Router losses: pure functions of router logits and token weights, and how their gradient reaches the router.
 
 A loss tensor stashed by the layers gets wrong gradients under reentrant checkpointing: there the first forward records
-no graph, and the recomputed one isn't the one that was stashed. So the *value* is computed from detached statistics, and
-the *gradient* is injected: an identity function on the gates whose backward adds the loss's gradient with respect to
-each router's statistics, scaled by whatever factor the trainer put on the value (coefficient, accumulation, fp16 scale).
-That factor is the gradient that reaches a probe added to the value; it arrives before any layer's backward runs.
+no graph, and the recomputed one isn't the one that was stashed. So the *value* is computed from detached statistics,
+and the *gradient* is injected: an identity function on the gates whose backward adds the loss's gradient with respect
+to each router's statistics, scaled by whatever factor the trainer put on the value (coefficient, accumulation, fp16
+scale). That factor is the gradient that reaches a probe added to the value; it arrives before any layer's backward.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def router_statistics(
 ) -> RouterStatistics:
     """
     Args:
-        logits (`torch.Tensor`): `(batch, seq, experts)`, or `(batch, 1, experts)` where they are equal along a row.
+        logits (`torch.Tensor`): `(batch, seq, experts)`; 1 in place of `batch` or `seq` where all rows, or all tokens
+            of a row, have the same logits.
         gate (`str`), top_k (`int`): as in `CuMAConfig`. For `"soft"` the load is the probability itself: with 1/E
             the loss would be constant.
         weights (`torch.Tensor`, *optional*): `(batch, seq)`, sums to 1; uniform by default.
@@ -84,8 +85,9 @@ def router_statistics(
     batch, seq, _ = logits.shape
     if weights is None:
         weights = logits.new_full((batch, seq), 1 / (batch * seq))
-    elif seq == 1:
-        weights = weights.sum(1, keepdim=True)
+    for dim, size in enumerate((batch, seq)):
+        if size == 1:  # the logits are the same for all rows, or along a row, and come once
+            weights = weights.sum(dim, keepdim=True)
     if weights.shape != (batch, seq):
         raise ValueError(
             f"Router losses need one hidden state per token of the batch: the attention mask is "
@@ -106,6 +108,9 @@ def router_statistics(
 class RouterLosses:
     """
     The router losses of one forward: gathers each router's statistics, and injects the gradient.
+
+    The gradient comes with one `backward()` of a sum of the task loss and the router losses. `torch.autograd.grad`
+    does not carry it: it skips the probe, a leaf that it isn't asked for.
 
     Args:
         attention_mask, document_starts: see [`document_weights`]; without a mask all tokens count alike.
@@ -131,6 +136,7 @@ class RouterLosses:
         self._scale: dict[str, torch.Tensor] = {}
         self._collecting = True
 
+    @torch.compiler.disable  # dynamo would trace the backward now, with the scale that only `backward()` brings
     def observe(
         self, router: nn.Module, logits: torch.Tensor, gates: torch.Tensor, gate: str, top_k: int
     ) -> torch.Tensor:

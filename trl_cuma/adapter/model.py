@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -30,15 +31,16 @@ from .peft_type import CUMA
 
 class CuMAModel(BaseTuner):
     """
-    A model with CuMA layers. Made by `get_peft_model(model, CuMAConfig(...))`.
+    A model with CuMA layers. Made by `get_peft_model(model, CuMAConfig(...))`; `generate` for a person needs
+    `task_type="CAUSAL_LM"` (or another with generation) there, since a plain `PeftModel` goes past this class.
 
     Its `forward` and `generate` take, beside the base model's arguments:
 
     Args:
-        demographic_embeds (`torch.Tensor`): `(batch, demographic_dim)`, one row per sample (in `generate`: per prompt);
-            with `demographic_ids`, `(profiles, demographic_dim)`.
-        demographic_ids (`torch.Tensor`, *optional*, `forward` only): `(rows, seq)` for packed rows: each token's row of
-            `demographic_embeds`.
+        demographic_embeds (`torch.Tensor`): `(batch, demographic_dim)`, one row per sample (in `generate`: per
+            prompt); with `demographic_ids`, `(profiles, demographic_dim)`.
+        demographic_ids (`torch.Tensor`, *optional*, `forward` only): `(rows, seq)` for packed rows: each token's row
+            of `demographic_embeds`.
         output_router_losses (`str`, *optional*, `forward` only): `"local"` or `"ranks"`: puts `aux_loss`, `z_loss`,
             `router_load` and `router_entropy` into the output, as keys. Add the first two, times a coefficient, to
             the loss; their gradients reach the routers under every checkpointing mode.
@@ -62,7 +64,13 @@ class CuMAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        if "cuma_demographic" not in self._modules:  # the first adapter: called from BaseTuner.__init__
+        first = "cuma_demographic" not in self._modules  # called from BaseTuner.__init__
+        if first:
+            if any(isinstance(module, CuMALinear) for module in model.modules()):
+                raise ValueError(
+                    "This model already has CuMA layers. Add an adapter with `add_adapter`, or call `unload()` first "
+                    "and wrap the model that it returns."
+                )
             self.cuma_demographic = nn.ModuleDict()
             self._conditioning = ConditioningStack()
             self._hooks = [
@@ -74,18 +82,25 @@ class CuMAModel(BaseTuner):
             config.demographic_dim = DEFAULT_DEMOGRAPHIC_DIM
         if config.demographic_projection is not None:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self.cuma_demographic[adapter_name] = nn.Linear(
-                    config.demographic_dim, config.demographic_projection, bias=False
-                )
+                projection = nn.Linear(config.demographic_dim, config.demographic_projection, bias=False)
+                nn.init.normal_(projection.weight, std=config.demographic_dim**-0.5)  # keeps the vector's RMS
+                self.cuma_demographic[adapter_name] = projection
+        # As for the layers' parameters, PEFT's "an adapter that is added leaves the others as trainable as they were".
+        trainable = {name: module.weight.requires_grad for name, module in self.cuma_demographic.items()}
         self._leaders: dict[tuple, CuMALinear] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             if adapter_name in self.cuma_demographic:
                 del self.cuma_demographic[adapter_name]
+            if first:  # the caller has only the base model: give it back whole, for another try
+                self.unload()
             raise
         finally:
             del self._leaders
+        for name, requires_grad in trainable.items():
+            if name != adapter_name:
+                self.cuma_demographic[name].requires_grad_(requires_grad)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _create_and_replace(
@@ -119,8 +134,8 @@ class CuMAModel(BaseTuner):
         quantization_kwargs = get_quantization_kwargs(self)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"CuMA cannot target `{key}`: nn.MultiheadAttention reads its weight without calling it, so the adapter "
-                "would be ignored. Target other linear layers."
+                f"CuMA cannot target `{key}`: nn.MultiheadAttention reads its weight without calling it, so the "
+                "adapter would be ignored. Target other linear layers."
             )
         if not isinstance(base, nn.Linear | Conv1D):
             backend = resolve_quantization_backend(base, **quantization_kwargs)
@@ -137,10 +152,19 @@ class CuMAModel(BaseTuner):
     # ------------------------------------------------------------------ the profile's way in
     def _begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take CuMA's arguments out of the base model's call. Hooks on the base serve every PeftModel class alike."""
+        if "_is_replica" in model.__dict__:
+            raise RuntimeError(
+                "CuMA does not run under torch.nn.DataParallel, whose threads would mix up their people. Start one "
+                "process per GPU with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+            )
         embeds = kwargs.pop("demographic_embeds", None)
         ids = kwargs.pop("demographic_ids", None)
         scope = kwargs.pop("output_router_losses", None)
         inherited = self._conditioning.current
+        if inherited is not None and not inherited.expand:
+            # Forwards don't nest: it was left by one that a KeyboardInterrupt ended, which skips `_end_forward`.
+            self._conditioning.clear()
+            inherited = None
         self._conditioning.push(inherited)  # `_end_forward` pops, also if what follows raises
         if inherited is not None and embeds is None:
             return args, kwargs  # a decoding step inside `generate`
@@ -186,8 +210,8 @@ class CuMAModel(BaseTuner):
         prompts = _first_tensor(*args[:1], *(kwargs.get(name) for name in names))
         if prompts is not None and prompts.shape[0] != demographic_embeds.shape[0]:
             raise ValueError(
-                f"`demographic_embeds` has {demographic_embeds.shape[0]} rows but there are {prompts.shape[0]} prompts. "
-                "Pass one row per prompt; beams and `num_return_sequences` are taken care of."
+                f"`demographic_embeds` has {demographic_embeds.shape[0]} rows but there are {prompts.shape[0]} "
+                "prompts. Pass one row per prompt; beams and `num_return_sequences` are taken care of."
             )
         with self._conditioning.use(self._condition(demographic_embeds, expand=True)):
             return self.model.generate(*args, **kwargs)
@@ -254,8 +278,9 @@ class CuMAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        key = key.replace(f"cuma_demographic.{adapter_name}.", "cuma_demographic.")
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        # PEFT takes the name out where it is next to the last; in a router's deeper modules it is further ahead.
+        short, found = re.subn(rf"(^|\.)(cuma_[a-z]+)\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
+        return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
     def _check_merge_allowed(self) -> NoReturn:
         raise_not_mergeable()
@@ -280,7 +305,7 @@ def _router_group(config: CuMAConfig, key: str) -> tuple[str, int] | None:
 def _document_starts(ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
     """`(rows, seq)`: where packed documents begin; without positions, where the profile changes."""
     if position_ids is not None:
-        return position_ids.eq(0)
+        return position_ids.eq(0).expand_as(ids)
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return starts

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 GATES = ("topk_softmax", "softmax_topk", "soft", "double_softmax")
 
 
@@ -105,11 +104,14 @@ class CuMARouter(nn.Module):
         self.rest = nn.Sequential(
             *(module for i in range(layers - 1) for module in (nn.ReLU(), nn.Linear(hidden, sizes[i + 1])))
         )
-        # As nn.Linear on the concatenation. Not zeros: a zero output layer never breaks the experts' symmetry.
+        # As nn.Linear, but each half with its own fan-in: with one for the concatenation, a short profile vector is
+        # drowned by a wide hidden state, and the router is slow to learn who is asking. Not zeros: a zero output
+        # layer never breaks the experts' symmetry.
+        for weight in (self.hidden_weight, self.demographic_weight):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         bound = 1 / math.sqrt(in_features + demographic_features)
-        for parameter in (self.hidden_weight, self.demographic_weight, self.bias):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self, hidden: torch.Tensor, demographic: torch.Tensor | None, gather: Callable[[torch.Tensor], torch.Tensor]

@@ -1,0 +1,83 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""Offline settings, and the builders that many tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from trl_cuma import CuMAConfig
+from trl_cuma.testing import tiny_model
+
+VOCABULARY = 50
+DIM = 6
+
+
+@pytest.fixture
+def make_config() -> Callable[..., CuMAConfig]:
+    """A small adapter whose residual is not zero; any field can be given."""
+
+    def make(**fields: Any) -> CuMAConfig:
+        defaults: dict[str, Any] = {
+            "target_modules": ["q_proj", "v_proj"],
+            "demographic_dim": DIM,
+            "num_experts": 4,
+            "r": 4,
+            "lora_alpha": 32,
+            "router_hidden": 8,
+            "init_weights": False,
+            "task_type": "CAUSAL_LM",
+        }
+        return CuMAConfig(**(defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config: Callable[..., CuMAConfig]) -> Callable[..., PeftModel]:
+    """A tiny language model with a CuMA adapter, in evaluation mode; the same arguments give the same weights."""
+
+    def make(
+        architecture: str = "qwen3",
+        *,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        base: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> PeftModel:
+        torch.manual_seed(1)
+        model = tiny_model(architecture, vocab_size=VOCABULARY, **(base or {}))
+        config = make_config(**fields)
+        return get_peft_model(
+            model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        ).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """Random tokens and profiles; `lengths` gives right-padded rows of these lengths."""
+
+    def make(rows: int = 3, length: int = 6, *, lengths: list[int] | None = None, seed: int = 0) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        rows, length = (len(lengths), max(lengths)) if lengths else (rows, length)
+        mask = torch.ones(rows, length, dtype=torch.long)
+        for row, real in enumerate(lengths or []):
+            mask[row, real:] = 0
+        tokens = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+        return {
+            "input_ids": tokens * mask,  # the padding token is 0
+            "attention_mask": mask,
+            "demographic_embeds": torch.randn(rows, DIM, generator=generator),
+        }
+
+    return make
