@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -226,7 +227,9 @@ class TestFieldEncoder:
         assert encoder.dim == 3
         people = [{"sex": "F", "country": "JP"}, {"country": "BR", "sex": "M"}, {"country": SECRET}, {"sex": " F "}]
         expected = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.float32)
-        assert torch.equal(encoder.encode(people), expected)
+        # 3 dimensions of 2 fields: a complete profile has the sum of squares 2 * 3 / 2 = dim, a root mean square of 1
+        torch.testing.assert_close(encoder.encode(people), expected * math.sqrt(3 / 2))
+        assert encoder.encode(people[:1]).square().mean().item() == pytest.approx(1.0)
         assert encoder.encode([]).shape == (0, 3)
 
     def test_rare_values_are_not_stored(self, encoder):

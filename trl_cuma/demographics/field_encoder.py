@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """Profiles with named fields to multi-hot vectors."""
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ class FieldEncoder:
     Deterministic and without weights of its own: the adapter's trainable projection holds the learned vectors. A value
     that is missing, unknown or rarer than `min_count` is zero, so it never meets an untrained weight, and a rare value
     is never stored. A profile whose fields are known but whose values all are not is therefore a row of zeros.
+
+    An entry is 0 or `sqrt(dim / fields)`, so that the vector of a complete profile has a root mean square of 1, as a
+    text encoder's has: the router meets both on one scale.
 
     Args:
         min_count (`int`, defaults to `30`):
@@ -116,9 +120,10 @@ class FieldEncoder:
         profiles = read_profiles(profiles)
         self.check(profiles, missing)
         vectors = torch.zeros(len(profiles), self.dim)
+        hot = math.sqrt(self.dim / len(self._vocabulary))
         for row, profile in enumerate(tqdm(profiles, "Encoding profiles", unit="profile", disable=not show_progress)):
             columns = [self._columns[pair] for pair in profile.fields.items() if pair in self._columns]
-            vectors[row, columns] = 1.0
+            vectors[row, columns] = hot
         return vectors
 
     def check(self, profiles: Sequence[DemographicProfile], missing: MissingPolicy) -> None:
