@@ -224,12 +224,18 @@ class TextEncoder:
                 f"The encoder was fitted with a local model, and {self.model} is not a folder: set `encoder.model` to "
                 "where it is now."
             )
-        model = SentenceTransformer(
-            self.model,
-            revision=None if folder_hash else self.revision,
-            device=self.device,
-            model_kwargs={"dtype": torch.float32},
-        )
+        try:
+            model = SentenceTransformer(
+                self.model,
+                revision=None if folder_hash else self.revision,
+                device=self.device,
+                model_kwargs={"dtype": torch.float32},
+            )
+        except OSError as error:
+            raise OSError(
+                f"The text encoder `model={self.model!r}` could not be loaded: it is no local folder of a sentence "
+                f"encoder, and no model that the hub (or its cache, offline) has. {error}"
+            ) from error
         if self.is_fitted:
             model.max_seq_length = self._max_seq_length
         else:

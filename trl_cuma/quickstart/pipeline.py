@@ -94,9 +94,9 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         """Prepare, train and measure every arm; returns (and saves) the results."""
         started = time.monotonic()
+        encoder = self.encoder()  # first: a wrong path should not cost a pretraining
         self.prepare()
         tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        encoder = self.encoder()
         configs = adapter_configs(load_model(self.model_dir), self.settings, encoder.dim)
         results: dict[str, Any] = {"seed": self.seed, "settings": asdict(self.settings), "probe": self.probe}
         results["sft"] = {"baselines": self._baselines(), "arms": {}}

@@ -162,29 +162,26 @@ def draw_figures(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "distributions.png", folder / "experts.png", folder / "sharpening.png"]
 
-    groups = groups_of(survey, cells)
-    questions = _shown_questions(survey, cells, groups)
-    figure, axes = plt.subplots(
-        len(questions), len(groups), figsize=(3.1 * len(groups), 2.5 * len(questions)), squeeze=False, sharey="row"
-    )
-    for line, question in enumerate(questions):
-        for column, (group, rows) in enumerate(groups.items()):
-            axis = axes[line, column]
-            rows = rows[cells.question[rows] == question]
-            size = survey.num_options[question]
-            if len(rows):
-                axis.bar(np.arange(size), cells.truth[rows].mean(0)[:size], color="0.82", label="truth")
-                marginal = survey.training_marginal[question][:size]
-                axis.plot(np.arange(size), marginal, ":", color="0.35", label="training marginal")
-                for index, (label, probs) in enumerate(predicted.items()):
-                    axis.plot(np.arange(size), probs[rows].mean(0)[:size], "os^D"[index] + "-", ms=4, label=label)
-            axis.set_xticks(np.arange(size), [str(option + 1) for option in range(size)])
-            kind = " (consensus)" if survey.questions[question].consensus else ""
-            axis.set_title(f"{group}, {survey.questions[question].question_id}{kind}", fontsize=9)
-    axes[0, 0].set_ylabel("probability")
-    handles, labels = next(axis for axis in axes.flat if axis.has_data()).get_legend_handles_labels()
+    panels = _panels(survey, cells)
+    columns = 4
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False)
+    for axis, (title, rows) in zip(axes.flat, panels, strict=False):
+        question = cells.question[rows[0]]
+        options = np.arange(survey.num_options[question])
+        axis.bar(options, cells.truth[rows].mean(0)[options], color="0.82", label="truth")
+        axis.plot(options, survey.training_marginal[question][options], ":", color="0.35", label="training marginal")
+        for marker, (label, probs) in zip("os^D", predicted.items(), strict=False):
+            axis.plot(options, probs[rows].mean(0)[options], marker + "-", ms=4, label=label)
+        axis.set_xticks(options, [str(option + 1) for option in options])
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("probability")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
-    figure.suptitle("Answers after SFT, by option (mean over a group's held-out profiles)")
+    figure.suptitle("Answers after SFT, by option")
     figure.tight_layout(rect=(0, 0.05, 1, 0.98))
     figure.savefig(paths[0], dpi=120)
     plt.close(figure)
@@ -219,17 +216,40 @@ def draw_figures(
     return paths
 
 
-def _shown_questions(survey: Survey, cells: Cells, groups: Mapping[str, np.ndarray], limit: int = 3) -> list[int]:
-    """Questions on which the groups differ most, and a consensus question where the survey knows one."""
-    spread = {}
-    for question in np.unique(cells.question):
-        means = [
-            cells.truth[rows[cells.question[rows] == question]].mean(0)
-            for rows in groups.values()
-            if (cells.question[rows] == question).any()
+def _panels(survey: Survey, cells: Cells) -> list[tuple[str, np.ndarray]]:
+    """
+    What the first figure shows, title and rows of `cells`. Of a simulated survey: the two questions on which the
+    groups differ most and a consensus question, each for every latent group (mean over its profiles). Of a real one:
+    eight cells, each the farthest from its question's mean.
+    """
+    if survey.group_probs is None:
+        distance = np.abs(cells.truth - survey.training_marginal[cells.question]).sum(1)
+        order = np.argsort(-distance, kind="stable")
+        _, first = np.unique(cells.question[order], return_index=True)  # each question once
+        shown = order[np.sort(first)[:8]]
+        return [
+            (
+                f"{survey.profiles[cells.profile[row]]['country']}, {_short(survey, cells.question[row])}",
+                np.array([row]),
+            )
+            for row in shown
         ]
-        if len(means) == len(groups):
-            spread[int(question)] = float(np.std(np.stack(means), axis=0).sum())
-    divided = [q for q in sorted(spread, key=spread.__getitem__, reverse=True) if not survey.questions[q].consensus]
-    agreed = [q for q in spread if survey.questions[q].consensus]
-    return divided[: limit - len(agreed[:1])] + agreed[:1]
+    groups = groups_of(survey, cells)
+    members = {
+        question: [rows[cells.question[rows] == question] for rows in groups.values()]
+        for question in np.unique(cells.question).tolist()
+    }
+    members = {question: rows for question, rows in members.items() if all(len(some) for some in rows)}
+    spread = {q: np.stack([cells.truth[some].mean(0) for some in rows]).std(0).sum() for q, rows in members.items()}
+    ranked = sorted(members, key=spread.__getitem__, reverse=True)
+    divided = [question for question in ranked if not survey.questions[question].consensus]
+    agreed = [question for question in ranked if survey.questions[question].consensus]
+    return [
+        (f"{group}, {_short(survey, question)}{' (consensus)' if survey.questions[question].consensus else ''}", rows)
+        for question in divided[:2] + agreed[:1]
+        for group, rows in zip(groups, members[question], strict=True)
+    ]
+
+
+def _short(survey: Survey, question: int) -> str:
+    return f"question {survey.questions[question].question_id[:12]}"

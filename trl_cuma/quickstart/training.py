@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from .. import CuMAConfig, CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer
@@ -118,9 +119,7 @@ def train_sft(
         peft_config=peft_config,
         **({"demographic_encoder": encoder} if arm.is_cuma else {}),
     )
-    trainer.train()
-    trainer.save_model(str(output_dir))
-    return trainer.model
+    return _train(trainer, "SFT", output_dir)
 
 
 def train_dpo(
@@ -150,9 +149,7 @@ def train_dpo(
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
-    trainer.train()
-    trainer.save_model(str(output_dir))
-    return trainer.model
+    return _train(trainer, "DPO", output_dir)
 
 
 def load_trained(model_dir: Path, adapter_dir: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -165,6 +162,30 @@ def profile_vectors(model: PeftModel, profiles: list[dict[str, str]]) -> torch.T
     """The vectors of profiles, `(profiles, dim)`, by the encoder that a trained CuMA adapter carries."""
     encoder = encoder_from_state(model.peft_config["default"].demographic_encoder)
     return encoder.encode(profiles, missing="zero")
+
+
+class _Bar(ProgressCallback):
+    """TRL's progress bar with a name, and without the metrics that would be printed after each run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        pass
+
+
+def _train(trainer: Any, name: str, output_dir: Path) -> PeftModel:
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar(name))
+    trainer.train()
+    trainer.save_model(str(output_dir))
+    return trainer.model
 
 
 def _arguments(settings: Settings, seed: int) -> dict[str, Any]:

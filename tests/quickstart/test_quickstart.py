@@ -1,0 +1,206 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""The quick start at toy size: that it runs, repeats, and measures what it says."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+from trl_cuma.cli import main
+from trl_cuma.evaluation.options import split_options
+from trl_cuma.evaluation.preferences import implicit_margin, oracle_margin, pair_metrics, pair_weights
+from trl_cuma.quickstart import tables_of
+from trl_cuma.quickstart.pipeline import Quickstart
+from trl_cuma.quickstart.settings import DPO_GRID, REAL, SFT_GRID, SIMULATED
+from trl_cuma.quickstart.training import ARMS, adapter_configs, load_model
+
+TOY = replace(
+    SIMULATED,
+    survey={
+        "num_questions": 4,
+        "num_topics": 4,
+        "answers_per_person": 2,
+        "num_people": 1500,
+        "max_cells": 60,
+        "min_training_people": 30,
+    },
+    pretraining_steps=2,
+    sft_steps=2,
+    sft_batch_size=8,
+    dpo_steps=2,
+    dpo_batch_size=4,
+    warmup_steps=1,
+    cells=40,
+)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    run = Quickstart(tmp_path_factory.mktemp("quickstart"), settings=TOY, log=lambda text: None)
+    return run, run.run()
+
+
+def test_every_arm_is_measured_on_every_split(toy):
+    run, results = toy
+    for stage in ("sft", "dpo"):
+        assert list(results[stage]["arms"]) == [arm.name for arm in ARMS]
+        for arm in results[stage]["arms"].values():
+            for split in ("held_out_people", "held_out_combinations"):
+                assert 0 <= arm[split]["emd"] <= 1 and 0 <= arm[split]["accuracy"] <= 1
+    assert json.loads((run.output_dir / "results.json").read_text()) == json.loads(json.dumps(results))
+    table = tables_of([results, results], real=False)
+    assert table.count("CuMA, profile to the router only") == 4  # two splits, SFT and DPO
+    assert "sharpened by the objective" in table
+
+
+def test_baselines_frame_the_arms(toy):
+    _, results = toy
+    for split, oracle in results["sft"]["baselines"]["oracle"].items():
+        marginal = results["sft"]["baselines"]["marginal"][split]
+        assert (oracle["emd"], oracle["gap_closed"]) == (0, 1) and marginal["gap_closed"] == 0
+        assert marginal["emd"] > 0 and oracle["accuracy"] > marginal["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_numbers(toy, tmp_path):
+    _, results = toy
+    again = Quickstart(tmp_path, settings=TOY, log=lambda text: None).run()
+    assert again["sft"] == results["sft"] and again["dpo"] == results["dpo"]
+
+
+def test_an_arm_without_the_profile_answers_everyone_alike(toy):
+    run, _ = toy
+    cells = run.cells["held_out_people"]
+    spread = {}
+    for arm in ("lora", "lora-prompt", "cuma"):
+        probs = split_options(run.predictions[arm]["sft/held_out_people"])[0]
+        spread[arm] = max(np.ptp(probs[cells.question == q], axis=0).max() for q in np.unique(cells.question))
+    assert spread["lora"] < 1e-6 < min(spread["lora-prompt"], spread["cuma"])
+
+
+def test_matched_arms_have_matched_sizes(toy):
+    run, results = toy
+    size = {name: arm["parameters"] for name, arm in results["sft"]["arms"].items()}
+    assert size["lora"] == size["lora-prompt"] == pytest.approx(size["cuma"], rel=0.02)
+    configs = adapter_configs(load_model(run.model_dir), TOY, demographic_dim=31)
+    assert configs["rank"].r == configs["cuma"].r
+    assert configs["parameters"].r < TOY.model["hidden_size"] / 2  # still low-rank
+
+
+def test_a_mixture_too_large_to_match_is_refused(toy):
+    run, _ = toy
+    large = replace(TOY, cuma={**TOY.cuma, "num_experts": 16})
+    with pytest.raises(ValueError, match="Shrink the router or the experts"):
+        adapter_configs(load_model(run.model_dir), large, demographic_dim=31)
+
+
+def test_prepared_data_is_what_the_recipes_read(toy):
+    run, _ = toy
+    sft, dpo = (load_from_disk(str(run.output_dir / "data" / name)) for name in ("sft", "dpo"))
+    assert set(sft) == set(dpo) == {"train", "test"}
+    assert {"prompt", "completion", "demographic", "person_id"} <= set(sft["train"].column_names)
+    assert {"prompt", "chosen", "rejected", "demographic"} <= set(dpo["train"].column_names)
+    assert not set(sft["train"]["person_id"]) & set(sft["test"]["person_id"])
+    assert (Path(run.model_dir) / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_rejected_from_the_reference(tmp_path):
+    run = Quickstart(tmp_path, settings=TOY, rejected="reference", log=lambda text: None)
+    results = run.run()
+    # equal draws are dropped, so the pairs still have two different options and the loss starts near ln 2
+    assert results["dpo"]["arms"]["cuma"]["held_out_people"]["pair_log_loss"] == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_committed_learning_rates_are_in_the_grids():
+    for settings in (SIMULATED, REAL):
+        assert set(settings.sft_learning_rates) == set(settings.dpo_learning_rates) == {arm.name for arm in ARMS}
+        assert set(settings.sft_learning_rates.values()) <= set(SFT_GRID)
+        assert set(settings.dpo_learning_rates.values()) <= set(DPO_GRID)
+
+
+def test_prepare_stage_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trl_cuma.quickstart.pipeline.SIMULATED", TOY)
+    assert main(["quickstart", "--stage", "prepare", "--output_dir", str(tmp_path)]) == 0
+    assert "a linear probe reads country" in capsys.readouterr().out
+    assert (tmp_path / "model").is_dir() and (tmp_path / "data" / "dpo").is_dir() and not (tmp_path / "sft").exists()
+
+
+@pytest.mark.slow
+def test_real_answers_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """A file of our own making in GlobalOpinionQA's form; every figure is drawn."""
+    rng = np.random.default_rng(0)
+    lines = [
+        {
+            "qid": f"q{q}",
+            "question": f"Is thing {q} good?",
+            "country": f"Country {c}",
+            "options": ["Yes", "Perhaps", "No"],
+        }
+        | {"dist": [float(x) for x in np.round(rng.dirichlet([1, 1, 1]), 6)], "sources": ["made up"]}
+        for q in range(10)
+        for c in range(12)
+    ]
+    for line in lines:
+        line["dist"][2] = 1 - line["dist"][0] - line["dist"][1]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    real = replace(TOY, survey={"answers_per_cell": 5, "min_countries": 6})
+    monkeypatch.setattr("trl_cuma.quickstart.pipeline.REAL", real)
+    assert main(["quickstart", "--data", str(path), "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "held-out question-country cells" in out and "factor model" in out
+    for name in ("distributions", "experts", "sharpening"):
+        assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--encoder", os.path.join("no", "model")], "model")],
+)
+def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("trl_cuma.quickstart.pipeline.SIMULATED", TOY)
+    assert main(["quickstart", "--output_dir", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trl-cuma: error:") and said in error and "Traceback" not in error
+
+
+def test_pair_metrics_by_brute_force():
+    truth, mask = np.array([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]]), np.array([[1, 1, 1], [1, 1, 0]], dtype=bool)
+    policy, reference = np.log([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]]), np.log([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1]])
+    policy[1, 2] = reference[1, 2] = -np.inf
+    beta, losses, hits = 0.5, [], []
+    for cell in range(2):
+        options = np.flatnonzero(mask[cell])
+        loss = hit = 0.0
+        for a in options:
+            for b in options:
+                if a != b:
+                    weight = truth[cell, a] / (len(options) - 1)
+                    margin = beta * ((policy - reference)[cell, a] - (policy - reference)[cell, b])
+                    loss += weight * math.log(1 + math.exp(-margin))
+                    hit += weight * (margin > 0)
+        losses.append(loss)
+        hits.append(hit)
+    scores = pair_metrics(implicit_margin(policy, reference, beta), pair_weights(truth, mask))
+    assert scores["pair_log_loss"] == pytest.approx(np.mean(losses))
+    assert scores["pair_accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_a_policy_equal_to_its_reference_scores_ln_2_and_the_oracle_less():
+    truth, mask = np.array([[0.7, 0.2, 0.1]]), np.ones((1, 3), dtype=bool)
+    weights = pair_weights(truth, mask)
+    same = implicit_margin(np.log(truth), np.log(truth), beta=0.1)
+    assert pair_metrics(same, weights) == {"pair_log_loss": pytest.approx(math.log(2)), "pair_accuracy": 0.5}
+    # P(a is chosen | the pair {a, b}) = p_a / (p_a + p_b): its entropy, weighted by how often the pair comes up
+    best = sum(
+        (truth[0, a] + truth[0, b]) / 2 * -sum(x * math.log(x) for x in (s, 1 - s))
+        for a, b in ((0, 1), (0, 2), (1, 2))
+        for s in [truth[0, a] / (truth[0, a] + truth[0, b])]
+    )
+    assert pair_metrics(oracle_margin(weights), weights)["pair_log_loss"] == pytest.approx(best)
