@@ -21,6 +21,5 @@ After SFT, name the trained adapter; its frozen copy is then the reference:
 from trl_cuma import CuMADPOConfig, CuMADPOTrainer
 from trl_cuma.scripts import run
 
-
 if __name__ == "__main__":
     run(CuMADPOTrainer, CuMADPOConfig)

@@ -18,6 +18,5 @@ Your own data needs TRL's columns and one more, `demographic`: text, a mapping f
 from trl_cuma import CuMASFTConfig, CuMASFTTrainer
 from trl_cuma.scripts import run
 
-
 if __name__ == "__main__":
     run(CuMASFTTrainer, CuMASFTConfig)

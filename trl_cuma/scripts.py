@@ -17,6 +17,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 from .adapter import CuMAConfig
 from .demographics import FieldEncoder, TextEncoder
 
+# Keys of older recipes whose present names don't look alike.
+RENAMED = {"torch_dtype": "dtype", "dataset_mixture": "datasets"}
+
 
 @dataclass
 class CuMAModelConfig(ModelConfig):
@@ -125,14 +128,15 @@ def parse_strictly(trainer_config: type, args: Sequence[str] | None = None) -> t
     for index, value in enumerate(args):
         if value.startswith("--config="):  # TRL reads only `--config PATH`
             args[index : index + 1] = value.split("=", 1)
-    parser = TrlParser((ScriptArguments, trainer_config, CuMAModelConfig, DatasetMixtureConfig))
+    dataclasses = (ScriptArguments, trainer_config, CuMAModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(dataclasses, allow_abbrev=False)  # an abbreviation is a typo as well
     *parsed, remaining = parser.parse_args_and_config(args, return_remaining_strings=True)
     if remaining:
         known = sorted(action.dest for action in parser._actions if action.dest != "help")
         problems = []
         for key in [value for value in remaining if value.startswith("--")] or remaining:
             name = key.removeprefix("--").split("=")[0]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(RENAMED.get(name, name), known, n=1, cutoff=0.5)
             problems.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         raise ValueError(f"Unknown arguments: {', '.join(problems)}. Nothing reads them; correct or remove them.")
     return tuple(parsed)

@@ -187,7 +187,12 @@ class RouterLosses:
 
     def _probe(self, name: str, value: torch.Tensor) -> torch.Tensor:
         probe = torch.zeros_like(value, requires_grad=True)
-        probe.register_hook(lambda gradient: self._scale.__setitem__(name, gradient.detach()))
+
+        def keep(gradient: torch.Tensor | None) -> None:
+            if gradient is not None:  # DistributedDataParallel brings None for an output that has no weight
+                self._scale[name] = gradient.detach()
+
+        probe.register_hook(keep)
         return probe
 
     def _mean_over_ranks(self, load: torch.Tensor) -> torch.Tensor:

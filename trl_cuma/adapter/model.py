@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import field, make_dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from .conditioning import Conditioning, ConditioningStack, carry_conditioning_through_checkpoints
 from .config import DEFAULT_DEMOGRAPHIC_DIM, CuMAConfig
@@ -198,8 +201,11 @@ class CuMAModel(BaseTuner):
                 f"`output_router_losses` needs a model that returns a dict-like output, got {type(output).__name__}. "
                 "Call the model with `return_dict=True`."
             )
-        for key, value in conditioning.losses.finish().items():
-            output[key] = value  # a key: accelerate's conversion to float32 loses attributes
+        losses = conditioning.losses.finish()  # travels as keys: accelerate's conversion to float32 loses attributes
+        if isinstance(output, ModelOutput):
+            # DistributedDataParallel rebuilds an output from its keys, which must be fields of its class.
+            return _with_fields(type(output), tuple(losses))(**{**output, **losses})
+        output.update(losses)
         return output
 
     def generate(self, *args: Any, demographic_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -284,6 +290,14 @@ class CuMAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> NoReturn:
         raise_not_mergeable()
+
+
+@functools.cache
+def _with_fields(output_class: type[ModelOutput], names: tuple[str, ...]) -> type[ModelOutput]:
+    """`output_class` with more optional fields."""
+    new = [(name, Any, field(default=None)) for name in names if name not in output_class.__dataclass_fields__]
+    namespace = {"__module__": __name__}
+    return make_dataclass(f"{output_class.__name__}WithRouterLosses", new, bases=(output_class,), namespace=namespace)
 
 
 def _as_list(names: str | Sequence[str]) -> Sequence[str]:

@@ -114,7 +114,7 @@ def train_sft(
     trainer = trainer_class(
         model=load_model(model_dir),
         args=args,
-        train_dataset=dataset,
+        train_dataset=_rows_to_train_on(dataset, args),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         peft_config=peft_config,
         **({"demographic_encoder": encoder} if arm.is_cuma else {}),
@@ -146,7 +146,7 @@ def train_dpo(
     trainer = trainer_class(
         model=model if arm.is_cuma else PeftModel.from_pretrained(model, adapter_dir, is_trainable=True),
         args=args,
-        train_dataset=dataset,
+        train_dataset=_rows_to_train_on(dataset, args),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
     return _train(trainer, "DPO", output_dir)
@@ -186,6 +186,12 @@ def _train(trainer: Any, name: str, output_dir: Path) -> PeftModel:
     trainer.train()
     trainer.save_model(str(output_dir))
     return trainer.model
+
+
+def _rows_to_train_on(dataset: Dataset, args: Any) -> Dataset:
+    """As many random rows as the steps will see: preparing the others would cost more than some of the trainings."""
+    rows = min(len(dataset), args.max_steps * args.per_device_train_batch_size)
+    return dataset.shuffle(seed=args.seed).select(range(rows))
 
 
 def _arguments(settings: Settings, seed: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ class DemographicCollator:
         collator (`Callable`): the trainer's collator.
         table (`DemographicTable`): profile → vector.
         column (`str`): the rows' column with the profile.
-        dropout (`float`): share of rows whose vector is replaced by zeros.
 
     Raises:
         KeyError: if a row has no such column.
@@ -28,7 +27,6 @@ class DemographicCollator:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     table: DemographicTable
     column: str
-    dropout: float = 0.0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         missing = [row for row, example in enumerate(examples) if self.column not in example]
@@ -38,9 +36,6 @@ class DemographicCollator:
                 "Add the column to the data set, or name yours with `demographic_column`."
             )
         embeds = self.table([example[self.column] for example in examples])
-        if self.dropout:
-            keep = torch.rand(len(examples), 1) >= self.dropout
-            embeds = embeds * keep
         batch = self.collator(examples)
         rows = batch["input_ids"].shape[0]
         if rows == 2 * len(examples):  # preference collators stack [chosen; rejected]

@@ -50,16 +50,21 @@ def resolve_encoder(
                 "the adapter keeps its own."
             )
         return encoder
-    first = next(iter(dataset))[args.demographic_column]
-    if is_vector(first):
+    if is_vector(_first_known(dataset, args.demographic_column)):
         if encoder is not None:
             raise ValueError(
                 f"The {args.demographic_column!r} column holds vectors, which need no encoder. Leave "
-                "`demographic_encoder` out, or pass text or mappings."
+                "`demographic_encoder` out (in a recipe: `cuma_encoder: none`), or use a column of text or mappings."
             )
         return None
     encoder = encoder or TextEncoder()
     if not encoder.is_fitted:
+        if args.cuma_adapter_path is not None:
+            raise ValueError(
+                f"The adapter in {args.cuma_adapter_path} was trained on vectors and keeps no encoder, but the "
+                f"{args.demographic_column!r} column holds profiles. Pass vectors made as those were, or the fitted "
+                "`demographic_encoder` that made them."
+            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 "A streaming data set cannot fit the demographic encoder: it would have to be read twice. Fit it "
@@ -72,6 +77,11 @@ def resolve_encoder(
             show_progress=True,
         )
     return encoder
+
+
+def _first_known(dataset: Dataset | IterableDataset, column: str) -> Any:
+    """The first value that is there: it tells vectors from profiles."""
+    return next((row[column] for row in dataset.select_columns(column) if row[column] is not None), None)
 
 
 def adopt_encoder(config: CuMAConfig, encoder: Encoder | None, dim: int, *, injected: bool) -> None:
@@ -105,13 +115,15 @@ def build_table(
     """Encode the unique profiles of the data sets once. Streaming ones are encoded as they come."""
     cache_dir = args.demographic_cache_dir or os.path.join(HF_HOME, "trl_cuma", "demographics")
     table = DemographicTable(encoder, missing=config.missing_demographics, cache_dir=cache_dir)
-    values: list[Any] = []
     for name, dataset in datasets.items():
         check_demographic_column(dataset, args.demographic_column, name)
         if isinstance(dataset, Dataset):
-            values.extend(dataset[args.demographic_column])
+            values = dataset[args.demographic_column]
         else:
-            values.append(next(iter(dataset))[args.demographic_column])
-    with args.main_process_first(desc="demographic table"):  # the others then find the cache
-        table.add(values)
+            values = [_first_known(dataset, args.demographic_column)]
+        try:
+            with args.main_process_first(desc="demographic table"):  # the others then find the cache
+                table.add(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"In the {name} data set: {error}") from None
     return table

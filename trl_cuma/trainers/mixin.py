@@ -1,15 +1,16 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """The one mechanism that all CuMA trainers share: it carries the profile, and adds the router losses."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from trl.trainer.utils import create_model_from_path
+from peft import PeftConfig
+from trl.data_utils import get_dataset_column_names
 
-from ..adapter import CuMAConfig
+from .adapters import adapter_config, load_adapter
 from .collation import DemographicCollator
 from .demographics import Encoder, adopt_encoder, build_table, check_demographic_column, resolve_encoder
 
@@ -49,21 +50,30 @@ class CuMATrainerMixin:
         args = self.config_class() if args is None else args
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required.")
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"`train_dataset` must be a Dataset or an IterableDataset, got {type(train_dataset).__name__}. Of "
+                "several splits, pass one, e.g. `dataset['train']`."
+            )
         if args.cuma_adapter_path is not None:
             if peft_config is not None:
                 raise ValueError(
                     "`peft_config` and `cuma_adapter_path` were both passed: the first makes a new adapter, the "
                     "second continues a trained one. Leave one out."
                 )
-            model = _load_adapter(model, args, kwargs.get("quantization_config"))
-        config = _adapter_config(model, peft_config)
+            loaded = load_adapter(model, args, kwargs)
+            if isinstance(model, str) and args.model_init_kwargs is not None:
+                args = copy.copy(args)
+                args.model_init_kwargs = None  # used; TRL would warn that they were not
+            model = loaded
+        # A copy: what this run writes into it (size, encoder) must not reach the caller's next run.
+        peft_config = copy.deepcopy(peft_config)
+        config = adapter_config(model, peft_config)
         if peft_config is not None and config.task_type is None:
             config.task_type = "CAUSAL_LM"  # so that the saved adapter's `generate` takes profiles
         self._routed = config.routing != "semantic"
         if self._routed:
-            self._refuse_what_loses_profiles(args)
+            self._refuse_what_loses_profiles(args, train_dataset)
             check_demographic_column(train_dataset, args.demographic_column, "training")
             with args.main_process_first(desc="demographic encoder"):
                 encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
@@ -81,19 +91,31 @@ class CuMATrainerMixin:
             peft_config=peft_config,
             **kwargs,
         )
+        parallelism = self.accelerator.parallelism_config  # of the arguments or of accelerate's own configuration
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise NotImplementedError(
+                "Context and sequence parallelism give each process a part of a document, whose router losses the "
+                "CuMA trainers don't put together yet. Set `cp_size=1` and `sp_size=1`."
+            )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
                 "The base model is itself a mixture of experts whose router loss TRL adds under the same name. Set "
                 "`router_aux_loss_coef=0`: the base's routers are frozen."
             )
 
-    def _refuse_what_loses_profiles(self, args: Any) -> None:
+    def _refuse_what_loses_profiles(self, args: Any, train_dataset: Dataset | IterableDataset) -> None:
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(args, name, False):
                 raise NotImplementedError(
                     f"`{name}=True` joins documents of several people into one row, which the CuMA trainers don't "
                     f"route yet. Set `{name}=False`."
                 )
+        images = sorted({"image", "images"} & set(get_dataset_column_names(train_dataset)))
+        if images:
+            raise NotImplementedError(
+                f"The training data set has {images}: a vision tower's layers see patches, not rows of one person "
+                "each, so the CuMA trainers don't route them yet. Remove the column to train on text."
+            )
         if args.fsdp and (args.fsdp_config or {}).get("activation_checkpointing"):
             raise ValueError(
                 "FSDP's `activation_checkpointing` loses the demographic profile when it recomputes a layer. Set it "
@@ -116,6 +138,11 @@ class CuMATrainerMixin:
         super()._set_signature_columns_if_needed()
         if self._routed and self._demographic_column not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, self._demographic_column]
+
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, *args: Any, **kwargs: Any) -> Any:
+        if self._routed:  # also for a data set that `evaluate` brings
+            check_demographic_column(dataset, self._demographic_column, "passed")
+        return super()._prepare_dataset(dataset, *args, **kwargs)
 
     # ------------------------------------------------------------------ the router losses
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -158,32 +185,3 @@ class CuMATrainerMixin:
             logs["router/dead_experts"] = (load < 0.01 / experts).sum().item()
             self._router_metrics.clear()
         super().log(logs, *args, **kwargs)
-
-
-def _load_adapter(model: Any, args: Any, quantization_config: Any) -> PeftModel:
-    """The base model with the trained adapter of `args.cuma_adapter_path`, trainable, as `default`."""
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "`cuma_adapter_path` was passed with a model that has an adapter. Pass the base model, or its name."
-        )
-    if isinstance(model, str):
-        model_init_kwargs = dict(args.model_init_kwargs or {})
-        if quantization_config is not None:
-            model_init_kwargs["quantization_config"] = quantization_config
-        if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            model_init_kwargs["device_map"] = None  # as TRL does: "auto" fails there
-        model = create_model_from_path(model, **model_init_kwargs)
-        args.model_init_kwargs = None  # used here; TRL warns of them beside a model instance
-    return PeftModel.from_pretrained(model, args.cuma_adapter_path, is_trainable=True)
-
-
-def _adapter_config(model: Any, peft_config: PeftConfig | None) -> CuMAConfig:
-    config = peft_config
-    if config is None and isinstance(model, PeftModel):
-        config = model.active_peft_config
-    if not isinstance(config, CuMAConfig):
-        raise TypeError(
-            f"A CuMA trainer needs a CuMA adapter, got {'none' if config is None else type(config).__name__}. Pass "
-            "`peft_config=CuMAConfig(...)`, a model with a CuMA adapter, or `cuma_adapter_path`."
-        )
-    return config

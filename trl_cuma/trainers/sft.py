@@ -3,10 +3,9 @@
 
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
 from trl import SFTTrainer
 
-from .collation import DemographicCollator
 from .config import CuMASFTConfig
 from .mixin import CuMATrainerMixin
 
@@ -23,14 +22,10 @@ class CuMASFTTrainer(CuMATrainerMixin, SFTTrainer):
         # With `num_items_in_batch` Trainer leaves the division by the accumulation steps to the loss.
         return 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
 
-    def get_train_dataloader(self) -> DataLoader:
-        collator = self.data_collator
-        if not self.args.demographic_dropout or not isinstance(collator, DemographicCollator):
-            return super().get_train_dataloader()
-        self.data_collator = DemographicCollator(
-            collator.collator, collator.table, collator.column, dropout=self.args.demographic_dropout
-        )
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator  # evaluation sees every profile
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self._routed and self.args.demographic_dropout and self.model.training:
+            # Here and not in the collator, which runs ahead of the steps: a resumed run then drops the same rows.
+            embeds = inputs["demographic_embeds"]
+            keep = torch.rand(embeds.shape[0], 1, device=embeds.device) >= self.args.demographic_dropout
+            inputs["demographic_embeds"] = embeds * keep
+        return super().compute_loss(model, inputs, *args, **kwargs)
