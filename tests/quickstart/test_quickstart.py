@@ -13,7 +13,6 @@ from datasets import load_from_disk
 
 from trl_cuma.cli import main
 from trl_cuma.evaluation.options import split_options
-from trl_cuma.evaluation.preferences import implicit_margin, oracle_margin, pair_metrics, pair_weights
 from trl_cuma.quickstart import tables_of
 from trl_cuma.quickstart.pipeline import Quickstart
 from trl_cuma.quickstart.settings import DPO_GRID, REAL, SFT_GRID, SIMULATED
@@ -168,39 +167,3 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, said)
     assert main(["quickstart", "--output_dir", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("trl-cuma: error:") and said in error and "Traceback" not in error
-
-
-def test_pair_metrics_by_brute_force():
-    truth, mask = np.array([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]]), np.array([[1, 1, 1], [1, 1, 0]], dtype=bool)
-    policy, reference = np.log([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]]), np.log([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1]])
-    policy[1, 2] = reference[1, 2] = -np.inf
-    beta, losses, hits = 0.5, [], []
-    for cell in range(2):
-        options = np.flatnonzero(mask[cell])
-        loss = hit = 0.0
-        for a in options:
-            for b in options:
-                if a != b:
-                    weight = truth[cell, a] / (len(options) - 1)
-                    margin = beta * ((policy - reference)[cell, a] - (policy - reference)[cell, b])
-                    loss += weight * math.log(1 + math.exp(-margin))
-                    hit += weight * (margin > 0)
-        losses.append(loss)
-        hits.append(hit)
-    scores = pair_metrics(implicit_margin(policy, reference, beta), pair_weights(truth, mask))
-    assert scores["pair_log_loss"] == pytest.approx(np.mean(losses))
-    assert scores["pair_accuracy"] == pytest.approx(np.mean(hits))
-
-
-def test_a_policy_equal_to_its_reference_scores_ln_2_and_the_oracle_less():
-    truth, mask = np.array([[0.7, 0.2, 0.1]]), np.ones((1, 3), dtype=bool)
-    weights = pair_weights(truth, mask)
-    same = implicit_margin(np.log(truth), np.log(truth), beta=0.1)
-    assert pair_metrics(same, weights) == {"pair_log_loss": pytest.approx(math.log(2)), "pair_accuracy": 0.5}
-    # P(a is chosen | the pair {a, b}) = p_a / (p_a + p_b): its entropy, weighted by how often the pair comes up
-    best = sum(
-        (truth[0, a] + truth[0, b]) / 2 * -sum(x * math.log(x) for x in (s, 1 - s))
-        for a, b in ((0, 1), (0, 2), (1, 2))
-        for s in [truth[0, a] / (truth[0, a] + truth[0, b])]
-    )
-    assert pair_metrics(oracle_margin(weights), weights)["pair_log_loss"] == pytest.approx(best)
