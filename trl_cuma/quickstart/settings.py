@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SFT_GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-DPO_GRID = (1e-4, 3e-4, 1e-3)
+DPO_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Settings:
 
 
 SIMULATED = Settings(
-    sft_learning_rates={"lora-rank": 2e-3, "lora": 2e-3, "lora-prompt-rank": 8e-3, "lora-prompt": 4e-3, "cuma": 8e-3},
-    dpo_learning_rates={"lora-rank": 3e-4, "lora": 3e-4, "lora-prompt-rank": 3e-4, "lora-prompt": 3e-4, "cuma": 3e-4},
+    sft_learning_rates={"lora-rank": 2e-3, "lora": 1e-3, "lora-prompt-rank": 8e-3, "lora-prompt": 4e-3, "cuma": 8e-3},
+    dpo_learning_rates={"lora-rank": 1e-3, "lora": 1e-3, "lora-prompt-rank": 3e-3, "lora-prompt": 1e-3, "cuma": 3e-3},
 )
 REAL = Settings(
     survey={"max_questions": 40, "answers_per_cell": 100},
