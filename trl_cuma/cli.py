@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here needs a hub
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn of every process that is forked
     from .quickstart import run_quickstart
 
     output_dir = args.output_dir or Path("runs") / ("quickstart" if args.data is None else "global-opinions")

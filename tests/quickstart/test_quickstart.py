@@ -16,7 +16,8 @@ from trl_cuma.evaluation.options import split_options
 from trl_cuma.quickstart import tables_of
 from trl_cuma.quickstart.pipeline import Quickstart
 from trl_cuma.quickstart.settings import DPO_GRID, REAL, SFT_GRID, SIMULATED
-from trl_cuma.quickstart.training import ARMS, adapter_configs, load_model
+from trl_cuma.quickstart.training import ARMS, adapter_configs, load_model, profile_vectors, train_sft
+from trl_cuma.testing import minilm_path
 
 TOY = replace(
     SIMULATED,
@@ -106,6 +107,19 @@ def test_prepared_data_is_what_the_recipes_read(toy):
     assert {"prompt", "chosen", "rejected", "demographic"} <= set(dpo["train"].column_names)
     assert not set(sft["train"]["person_id"]) & set(sft["test"]["person_id"])
     assert (Path(run.model_dir) / "model.safetensors").exists()
+
+
+def test_a_text_encoder_takes_the_field_encoders_place(tmp_path):
+    """The main job's CuMA arm with a real sentence encoder, up to a trained adapter that carries it."""
+    run = Quickstart(tmp_path, settings=TOY, encoder=str(minilm_path()), log=lambda text: None)
+    run.prepare()
+    encoder, arm = run.encoder(), ARMS[-1]
+    config = adapter_configs(load_model(run.model_dir), run.settings, encoder.dim)[arm.matched]
+    data = run.sft_data("train", arm.prompt_profile)
+    model = train_sft(arm, run.model_dir, data, config, encoder, run.settings, 1e-3, 0, tmp_path / "adapter")
+    assert model.peft_config["default"].demographic_encoder["type"] == "text"
+    vectors = profile_vectors(model, run.survey.profiles[:5])
+    np.testing.assert_allclose(vectors, encoder.encode(run.survey.profiles[:5]), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import transformers
 from ..evaluation.metrics import entropy
 from ..evaluation.options import split_options
 from .pipeline import Quickstart
-from .report import dpo_table, draw_figures, expert_load, groups_of, sft_table
+from .report import dpo_table, draw_figures, expert_load, groups_of, router_names, sft_table
 from .training import ARMS, load_trained, profile_vectors
 
 __all__ = ["quiet", "run_quickstart", "tables_of"]
@@ -87,6 +87,7 @@ def _figures(run: Quickstart) -> list[Path]:
         cells,
         {label: distributions[name, "sft"] for label, name in predicted.items()},
         load,
+        router_names(model),
         {arm.label: tuple(entropy(distributions[arm.name, stage]) for stage in ("sft", "dpo")) for arm in ARMS},
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ class Quickstart:
         self.encoder_id = encoder
         self.rejected = rejected
         self.settings = settings or (SIMULATED if data is None else REAL)
+        if encoder is not None:
+            cuma = {**self.settings.cuma, "demographic_projection": self.settings.text_projection}
+            self.settings = replace(self.settings, cuma=cuma)
         self.log = log
         if data is None:
             self.survey = simulate_survey(seed, **self.settings.survey)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..adapter.router import CuMARouter
 from ..data.survey import Cells, Survey, format_prompt
 
 SPLIT_NAMES = {
@@ -130,12 +131,19 @@ def expert_load(
     return output["router_load"].numpy()
 
 
+def router_names(model: torch.nn.Module) -> list[str]:
+    """`layer.module` of each router, in the order of `expert_load`."""
+    keys = [key.split(".") for key, module in model.named_modules() if isinstance(module, CuMARouter)]
+    return [f"{key[key.index('layers') + 1]}.{key[-3]}" for key in keys]
+
+
 def draw_figures(
     output_dir: Path,
     survey: Survey,
     cells: Cells,
     predicted: Mapping[str, np.ndarray],
     load: Mapping[str, np.ndarray],
+    routers: Sequence[str],
     before_after: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> list[Path]:
     """
@@ -146,6 +154,7 @@ def draw_figures(
         survey, cells: what was evaluated.
         predicted (`dict`): arm label → option distributions `(cells, max_options)`.
         load (`dict`): group → expert load `(routers, experts)`.
+        routers (`Sequence[str]`): the routers' names.
         before_after (`dict`): arm label → entropies `(cells,)` after SFT and after DPO.
 
     Raises:
@@ -186,15 +195,16 @@ def draw_figures(
     figure.savefig(paths[0], dpi=120)
     plt.close(figure)
 
-    figure, axes = plt.subplots(1, len(load), figsize=(3.1 * len(load), 3.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(load), figsize=(3.1 * len(load), 3.2), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (group, shares) in zip(axes.flat, load.items(), strict=True):
         image = axis.imshow(shares, aspect="auto", vmin=0, vmax=0.5, cmap="viridis")
         axis.set_title(group, fontsize=10)
         axis.set_xlabel("expert")
         axis.set_xticks(range(shares.shape[1]), [str(expert + 1) for expert in range(shares.shape[1])])
-    axes[0, 0].set_ylabel("router (layer, module)")
+    axes[0, 0].set_yticks(range(len(routers)), routers, fontsize=8)
     figure.suptitle("Expert use after SFT: share of assignments, by group")
-    figure.tight_layout()
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8)
     figure.savefig(paths[1], dpi=120)
     plt.close(figure)
@@ -209,7 +219,8 @@ def draw_figures(
     axis.set_xticks(positions, [label.replace(", ", ",\n") for label in before_after], fontsize=7)
     axis.set_ylabel("mean entropy of the answers, nats")
     axis.set_title("Sharpening from SFT to DPO", fontsize=11)
-    axis.legend(fontsize=8)
+    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
+    axis.legend(fontsize=8, ncols=3, loc="upper center")
     figure.tight_layout()
     figure.savefig(paths[2], dpi=120)
     plt.close(figure)

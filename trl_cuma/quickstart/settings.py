@@ -22,6 +22,8 @@ class Settings:
         pretraining_steps, pretraining_batch_size (`int`), pretraining_learning_rate (`float`): the base model's.
         target_modules (`tuple[str, ...]`): layers that every arm adapts.
         cuma (`dict`): arguments of `CuMAConfig`.
+        text_projection (`int`): `demographic_projection` with a text encoder, whose vectors are long: a smaller one,
+            so that the LoRA with as many parameters stays low-rank.
         sft_steps, sft_batch_size, dpo_steps, dpo_batch_size, warmup_steps (`int`): the same for every arm.
         dpo_beta (`float`): DPO's beta.
         cells (`int`): evaluated (question, profile) cells per split.
@@ -53,6 +55,7 @@ class Settings:
             "demographic_projection": 16,
         }
     )
+    text_projection: int = 8
     sft_steps: int = 400
     sft_batch_size: int = 64
     dpo_steps: int = 100
