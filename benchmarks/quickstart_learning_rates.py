@@ -40,23 +40,24 @@ def main() -> None:
     configs = adapter_configs(load_model(run.model_dir), run.settings, encoder.dim)
     print("| arm | stage | learning rate | EMD | KL | pair log-loss |\n|---|---|---:|---:|---:|---:|")
     for arm in (arm for arm in ARMS if arm.name in args.arms):
-        data = run.sft_data("train", arm.prompt_profile)
-        best: tuple[float, Path, dict] | None = None
+        data = run.sft_training_rows(arm.prompt_profile)
+        best: tuple | None = None
         for rate in SFT_GRID:
             folder = run.output_dir / f"{arm.name}-{rate:g}"
-            model = train_sft(
+            trainer = train_sft(
                 arm, run.model_dir, data, configs[arm.matched], encoder, run.settings, rate, args.world, folder
             )
+            model, data = trainer.model, trainer.train_dataset
             log_probs = run.predict(arm, model, tokenizer)["validation"]
             scores = run.score(run.cells["validation"], log_probs)
             print(f"| {arm.name} | SFT | {rate:g} | {scores['emd']:.4f} | {scores['kl']:.4f} | |", flush=True)
             if best is None or scores["kl"] < best[0]:
                 best = (scores["kl"], folder, log_probs, model)
-        pairs = run.dpo_data("train", arm.prompt_profile, (arm, best[3], tokenizer))
+        pairs = run.dpo_training_rows(arm, (arm, best[3], tokenizer))
         for rate in DPO_GRID:
             model = train_dpo(
                 arm, run.model_dir, best[1], pairs, run.settings, rate, args.world, run.output_dir / "dpo"
-            )
+            ).model
             log_probs = run.predict(arm, model, tokenizer)["validation"]
             scores = run.score_dpo(run.cells["validation"], log_probs, best[2])
             line = f"{rate:g} | {scores['emd']:.4f} | {scores['kl']:.4f} | {scores['pair_log_loss']:.4f}"

@@ -4,7 +4,7 @@ Is the quick start's difference a matter of its budget, or of its two target mod
 simulated world with other settings, scored on the held-out splits. Prints the share of the gap closed (EMD).
 
     python benchmarks/quickstart_variants.py --world 0 --sft_steps 1600
-    python benchmarks/quickstart_variants.py --world 0 --target_modules all
+    python benchmarks/quickstart_variants.py --world 0 --target_modules all --learning_rates 1e-3 2e-3 4e-3
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=["lora-prompt", "cuma"])
     parser.add_argument("--sft_steps", type=int, default=SIMULATED.sft_steps)
     parser.add_argument("--target_modules", choices=("published", "all"), default="published")
+    parser.add_argument("--learning_rates", type=float, nargs="*", default=[None], help="default: the quick start's")
     args = parser.parse_args()
     torch.set_num_threads(2)
     quiet()
@@ -39,24 +40,30 @@ def main() -> None:
     run.prepare()
     tokenizer = AutoTokenizer.from_pretrained(run.model_dir)
     configs = adapter_configs(load_model(run.model_dir), settings, encoder.dim)
-    print(f"| {args.sft_steps} steps, {args.target_modules} targets | parameters | {' | '.join(run.cells)} |")
-    print("|---|---:|" + "---:|" * len(run.cells))
-    for arm in (arm for arm in ARMS if arm.name in args.arms):
+    title = f"{args.sft_steps} steps, {args.target_modules} targets"
+    print(f"| {title} | learning rate | parameters | {' | '.join(run.cells)} |")
+    print("|---|---:|---:|" + "---:|" * len(run.cells))
+    runs = [(arm, rate) for arm in ARMS if arm.name in args.arms for rate in args.learning_rates]
+    for arm, rate in runs:
+        rate = rate or settings.sft_learning_rates[arm.name]
         model = train_sft(
             arm,
             run.model_dir,
-            run.sft_data("train", arm.prompt_profile),
+            run.sft_training_rows(arm.prompt_profile),
             configs[arm.matched],
             encoder,
             settings,
-            settings.sft_learning_rates[arm.name],
+            rate,
             args.world,
-            run.output_dir / arm.name,
-        )
+            run.output_dir / f"{arm.name}-{rate:g}",
+        ).model
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log_probs = run.predict(arm, model, tokenizer)
         scores = [run.score(cells, log_probs[split])["gap_closed"] for split, cells in run.cells.items()]
-        print(f"| {arm.label} | {parameters:,} | {' | '.join(f'{score:.2f}' for score in scores)} |", flush=True)
+        print(
+            f"| {arm.label} | {rate:g} | {parameters:,} | {' | '.join(f'{score:.2f}' for score in scores)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

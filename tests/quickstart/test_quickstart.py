@@ -116,7 +116,7 @@ def test_a_text_encoder_takes_the_field_encoders_place(tmp_path):
     encoder, arm = run.encoder(), ARMS[-1]
     config = adapter_configs(load_model(run.model_dir), run.settings, encoder.dim)[arm.matched]
     data = run.sft_data("train", arm.prompt_profile)
-    model = train_sft(arm, run.model_dir, data, config, encoder, run.settings, 1e-3, 0, tmp_path / "adapter")
+    model = train_sft(arm, run.model_dir, data, config, encoder, run.settings, 1e-3, 0, tmp_path / "adapter").model
     assert model.peft_config["default"].demographic_encoder["type"] == "text"
     vectors = profile_vectors(model, run.survey.profiles[:5])
     np.testing.assert_allclose(vectors, encoder.encode(run.survey.profiles[:5]), atol=1e-5)

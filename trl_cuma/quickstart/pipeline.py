@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +25,7 @@ from ..evaluation.options import option_log_probs, split_options
 from ..evaluation.preferences import implicit_margin, oracle_margin, pair_metrics, pair_weights
 from .language_model import build_tokenizer, pretrain, probe_profile_reading
 from .settings import REAL, SIMULATED, Settings
-from .training import ARMS, Arm, adapter_configs, load_model, profile_vectors, train_dpo, train_sft
+from .training import ARMS, Arm, adapter_configs, load_model, profile_vectors, rows_to_train_on, train_dpo, train_sft
 
 
 class Quickstart:
@@ -105,13 +105,14 @@ class Quickstart:
         results["sft"] = {"baselines": self._baselines(), "arms": {}}
         results["dpo"] = {"oracle": self._dpo_oracle(), "arms": {}}
         predictions: dict[str, dict[str, np.ndarray]] = {}
+        prepared: dict[bool, Dataset] = {}  # tokenized once for all arms with the same prompts
         for arm in ARMS:
             rate = self.settings.sft_learning_rates[arm.name]
             self.log(f"SFT: {arm.label} (learning rate {rate:g}).")
-            model = train_sft(
+            trainer = train_sft(
                 arm,
                 self.model_dir,
-                self.sft_data("train", arm.prompt_profile),
+                prepared.get(arm.prompt_profile) or self.sft_training_rows(arm.prompt_profile),
                 configs[arm.matched],
                 encoder,
                 self.settings,
@@ -119,6 +120,7 @@ class Quickstart:
                 self.seed,
                 self.output_dir / "sft" / arm.name,
             )
+            model, prepared[arm.prompt_profile] = trainer.model, trainer.train_dataset
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             sft = self.predict(arm, model, tokenizer)
             results["sft"]["arms"][arm.name] = {
@@ -128,7 +130,7 @@ class Quickstart:
             }
             rate = self.settings.dpo_learning_rates[arm.name]
             self.log(f"DPO: {arm.label} (learning rate {rate:g}).")
-            dataset = self.dpo_data("train", arm.prompt_profile, (arm, model, tokenizer))
+            dataset = self.dpo_training_rows(arm, (arm, model, tokenizer))
             model = train_dpo(
                 arm,
                 self.model_dir,
@@ -138,7 +140,7 @@ class Quickstart:
                 rate,
                 self.seed,
                 self.output_dir / "dpo" / arm.name,
-            )
+            ).model
             dpo = self.predict(arm, model, tokenizer)
             results["dpo"]["arms"][arm.name] = {
                 "label": arm.label,
@@ -218,7 +220,24 @@ class Quickstart:
         profiles = [self.survey.profiles[index] for index in train.profile]
         return encoder.fit(profiles, person_ids=train.person.tolist())
 
-    def sft_data(self, split: str, prompt_profile: bool) -> Any:
+    def sft_training_rows(self, prompt_profile: bool) -> Dataset:
+        """The rows that every SFT run of a prompt style trains on."""
+        settings = self.settings
+        return rows_to_train_on(
+            self.sft_data("train", prompt_profile), settings.sft_steps, settings.sft_batch_size, self.seed
+        )
+
+    def dpo_training_rows(self, arm: Arm, reference: tuple[Arm, PeftModel, PreTrainedTokenizerBase]) -> Dataset:
+        """The pairs that an arm's DPO run trains on."""
+        settings = self.settings
+        return rows_to_train_on(
+            self.dpo_data("train", arm.prompt_profile, reference),
+            settings.dpo_steps,
+            settings.dpo_batch_size,
+            self.seed,
+        )
+
+    def sft_data(self, split: str, prompt_profile: bool) -> Dataset:
         return to_sft_dataset(self.survey, split, prompt_profile=prompt_profile)
 
     def dpo_data(

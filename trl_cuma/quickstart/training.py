@@ -102,8 +102,8 @@ def train_sft(
     learning_rate: float,
     seed: int,
     output_dir: Path,
-) -> PeftModel:
-    """Train one arm's adapter by SFT, save it in `output_dir`, and return the model."""
+) -> SFTTrainer:
+    """Train one arm's adapter by SFT, save it in `output_dir`, and return the trainer."""
     config_class, trainer_class = (CuMASFTConfig, CuMASFTTrainer) if arm.is_cuma else (SFTConfig, SFTTrainer)
     args = config_class(
         **_arguments(settings, seed),
@@ -114,7 +114,7 @@ def train_sft(
     trainer = trainer_class(
         model=load_model(model_dir),
         args=args,
-        train_dataset=_rows_to_train_on(dataset, args),
+        train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         peft_config=peft_config,
         **({"demographic_encoder": encoder} if arm.is_cuma else {}),
@@ -131,8 +131,8 @@ def train_dpo(
     learning_rate: float,
     seed: int,
     output_dir: Path,
-) -> PeftModel:
-    """Continue an arm's SFT adapter by DPO against its frozen copy, save it, and return the model."""
+) -> DPOTrainer:
+    """Continue an arm's SFT adapter by DPO against its frozen copy, save it, and return the trainer."""
     config_class, trainer_class = (CuMADPOConfig, CuMADPOTrainer) if arm.is_cuma else (DPOConfig, DPOTrainer)
     args = config_class(
         **_arguments(settings, seed),
@@ -146,7 +146,7 @@ def train_dpo(
     trainer = trainer_class(
         model=model if arm.is_cuma else PeftModel.from_pretrained(model, adapter_dir, is_trainable=True),
         args=args,
-        train_dataset=_rows_to_train_on(dataset, args),
+        train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
     return _train(trainer, "DPO", output_dir)
@@ -180,18 +180,17 @@ class _Bar(ProgressCallback):
         pass
 
 
-def _train(trainer: Any, name: str, output_dir: Path) -> PeftModel:
+def _train(trainer: Any, name: str, output_dir: Path) -> Any:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(name))
     trainer.train()
     trainer.save_model(str(output_dir))
-    return trainer.model
+    return trainer
 
 
-def _rows_to_train_on(dataset: Dataset, args: Any) -> Dataset:
+def rows_to_train_on(dataset: Dataset, steps: int, batch_size: int, seed: int) -> Dataset:
     """As many random rows as the steps will see: preparing the others would cost more than some of the trainings."""
-    rows = min(len(dataset), args.max_steps * args.per_device_train_batch_size)
-    return dataset.shuffle(seed=args.seed).select(range(rows))
+    return dataset.shuffle(seed=seed).select(range(min(len(dataset), steps * batch_size)))
 
 
 def _arguments(settings: Settings, seed: int) -> dict[str, Any]:
