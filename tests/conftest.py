@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trl_cuma import CuMAConfig
 from trl_cuma.testing import tiny_model
@@ -81,3 +82,20 @@ def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture
+def qwen3_8b() -> PreTrainedModel:
+    """Qwen/Qwen3-8B by the sizes of its config.json, on the meta device: no weights."""
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=151_936,
+                hidden_size=4096,
+                intermediate_size=12_288,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+            )
+        )

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from trl_cuma import CuMADPOConfig, CuMASFTConfig
 from trl_cuma.scripts import parse_strictly
@@ -57,26 +56,6 @@ def test_commands_of_the_examples(path):
         parse_strictly(METHODS[method_of(Path(recipe))], ["--config", str(ROOT / recipe), *rest.split()])
 
 
-@pytest.fixture(scope="module")
-def qwen3_8b():
-    # The sizes of Qwen/Qwen3-8B's config.json, on the meta device: no weights.
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-
-    def build():
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-    return build
-
-
 @pytest.mark.parametrize(
     "path",
     [path for path in RECIPES if "qwen3-8b" in path.parts and method_of(path) == "sft"],
@@ -85,7 +64,7 @@ def qwen3_8b():
 def test_parameters_on_qwen3_8b(path, qwen3_8b):
     _, _, model_args, _ = parse(path)
     with torch.device("meta"):
-        model = get_peft_model(qwen3_8b(), model_args.adapter_config())
+        model = get_peft_model(qwen3_8b, model_args.adapter_config())
     trainable, _ = model.get_nb_trainable_parameters()
     # a layer's q_proj 4096 -> 4096 and v_proj 4096 -> 1024; for each a router (4096 + 1024 + 1) * 256 + (256 + 1) * 8
     r = model_args.lora_r
