@@ -10,7 +10,6 @@ nowhere else, scored on its *validation* cells. Prints a Markdown table; the bes
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     quiet()
     run = Quickstart(tempfile.mkdtemp(), seed=args.world, data=args.data)
-    run.settings = replace(run.settings, cells=400)
     run.cells = {"validation": run.validation.sample(400, args.world)}
     run.prepare()
     tokenizer = AutoTokenizer.from_pretrained(run.model_dir)
@@ -53,7 +51,7 @@ def main() -> None:
             print(f"| {arm.name} | SFT | {rate:g} | {scores['emd']:.4f} | {scores['kl']:.4f} | |", flush=True)
             if best is None or scores["kl"] < best[0]:
                 best = (scores["kl"], folder, log_probs, model)
-        pairs = run.dpo_training_rows(arm, (arm, best[3], tokenizer))
+        pairs = run.dpo_training_rows(arm, best[3], tokenizer)
         for rate in DPO_GRID:
             model = train_dpo(
                 arm, run.model_dir, best[1], pairs, run.settings, rate, args.world, run.output_dir / "dpo"

@@ -130,7 +130,7 @@ class Quickstart:
             }
             rate = self.settings.dpo_learning_rates[arm.name]
             self.log(f"DPO: {arm.label} (learning rate {rate:g}).")
-            dataset = self.dpo_training_rows(arm, (arm, model, tokenizer))
+            dataset = self.dpo_training_rows(arm, model, tokenizer)
             model = train_dpo(
                 arm,
                 self.model_dir,
@@ -158,19 +158,28 @@ class Quickstart:
         self, arm: Arm, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, np.ndarray]:
         """Log-probabilities of the options in every evaluated cell, by split."""
-        vectors = profile_vectors(model, self.survey.profiles) if arm.is_cuma else None
         return {
-            split: option_log_probs(
-                model,
-                tokenizer,
-                self.survey,
-                cells.question,
-                cells.profile,
-                prompt_profile=arm.prompt_profile,
-                demographic_embeds=vectors,
-            )
+            split: self._log_probs(arm, model, tokenizer, cells.question, cells.profile)
             for split, cells in self.cells.items()
         }
+
+    def _log_probs(
+        self,
+        arm: Arm,
+        model: PeftModel | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        question: np.ndarray,
+        profile: np.ndarray,
+    ) -> np.ndarray:
+        return option_log_probs(
+            model,
+            tokenizer,
+            self.survey,
+            question,
+            profile,
+            prompt_profile=arm.prompt_profile,
+            demographic_embeds=profile_vectors(model, self.survey.profiles) if arm.is_cuma else None,
+        )
 
     def score(self, cells: Cells, log_probs: np.ndarray) -> dict[str, float]:
         probs, outside = split_options(log_probs)
@@ -185,12 +194,12 @@ class Quickstart:
 
     def _baselines(self) -> dict[str, dict[str, dict[str, float]]]:
         model = FactorModel(self.survey) if self.data is not None else AdditiveModel(self.survey)
-        names = {"marginal": {}, "fitted": {}, "oracle": {}}
+        scores = {"marginal": {}, "fitted": {}, "oracle": {}}
         for split, cells in self.cells.items():
-            names["marginal"][split] = self._summarise(cells, self.survey.training_marginal[cells.question])
-            names["fitted"][split] = self._summarise(cells, model.predict(cells.question, cells.profile))
-            names["oracle"][split] = self._summarise(cells, cells.truth)
-        return names
+            scores["marginal"][split] = self._summarise(cells, self.survey.training_marginal[cells.question])
+            scores["fitted"][split] = self._summarise(cells, model.predict(cells.question, cells.profile))
+            scores["oracle"][split] = self._summarise(cells, cells.truth)
+        return scores
 
     def _pair_weights(self, cells: Cells, reference: np.ndarray) -> np.ndarray:
         mask = self.survey.option_mask[cells.question]
@@ -227,11 +236,15 @@ class Quickstart:
             self.sft_data("train", prompt_profile), settings.sft_steps, settings.sft_batch_size, self.seed
         )
 
-    def dpo_training_rows(self, arm: Arm, reference: tuple[Arm, PeftModel, PreTrainedTokenizerBase]) -> Dataset:
-        """The pairs that an arm's DPO run trains on."""
-        settings = self.settings
+    def dpo_training_rows(self, arm: Arm, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """The pairs that an arm's DPO run trains on; `model` is its reference."""
+        settings, reference_probs = self.settings, None
+        if self.rejected == "reference":
+            answers = self.survey.answers["train"]
+            log_probs = self._log_probs(arm, model, tokenizer, answers.question, answers.profile)
+            reference_probs = split_options(log_probs)[0]
         return rows_to_train_on(
-            self.dpo_data("train", arm.prompt_profile, reference),
+            self.dpo_data("train", arm.prompt_profile, reference_probs),
             settings.dpo_steps,
             settings.dpo_batch_size,
             self.seed,
@@ -240,24 +253,7 @@ class Quickstart:
     def sft_data(self, split: str, prompt_profile: bool) -> Dataset:
         return to_sft_dataset(self.survey, split, prompt_profile=prompt_profile)
 
-    def dpo_data(
-        self, split: str, prompt_profile: bool, reference: tuple[Arm, PeftModel, PreTrainedTokenizerBase] | None = None
-    ) -> Any:
-        probs = None
-        if self.rejected == "reference" and reference is not None:
-            arm, model, tokenizer = reference
-            answers = self.survey.answers[split]
-            vectors = profile_vectors(model, self.survey.profiles) if arm.is_cuma else None
-            log_probs = option_log_probs(
-                model,
-                tokenizer,
-                self.survey,
-                answers.question,
-                answers.profile,
-                prompt_profile=prompt_profile,
-                demographic_embeds=vectors,
-            )
-            probs = split_options(log_probs)[0]
+    def dpo_data(self, split: str, prompt_profile: bool, reference_probs: np.ndarray | None = None) -> Dataset:
         return to_preference_dataset(
-            self.survey, split, seed=self.seed, prompt_profile=prompt_profile, reference_probs=probs
+            self.survey, split, seed=self.seed, prompt_profile=prompt_profile, reference_probs=reference_probs
         )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def train_sft(
     """Train one arm's adapter by SFT, save it in `output_dir`, and return the trainer."""
     config_class, trainer_class = (CuMASFTConfig, CuMASFTTrainer) if arm.is_cuma else (SFTConfig, SFTTrainer)
     args = config_class(
-        **_arguments(settings, seed),
+        **_arguments(settings, seed, output_dir),
         max_steps=settings.sft_steps,
         per_device_train_batch_size=settings.sft_batch_size,
         learning_rate=learning_rate,
@@ -135,7 +134,7 @@ def train_dpo(
     """Continue an arm's SFT adapter by DPO against its frozen copy, save it, and return the trainer."""
     config_class, trainer_class = (CuMADPOConfig, CuMADPOTrainer) if arm.is_cuma else (DPOConfig, DPOTrainer)
     args = config_class(
-        **_arguments(settings, seed),
+        **_arguments(settings, seed, output_dir),
         max_steps=settings.dpo_steps,
         per_device_train_batch_size=settings.dpo_batch_size,
         learning_rate=learning_rate,
@@ -193,9 +192,9 @@ def rows_to_train_on(dataset: Dataset, steps: int, batch_size: int, seed: int) -
     return dataset.shuffle(seed=seed).select(range(min(len(dataset), steps * batch_size)))
 
 
-def _arguments(settings: Settings, seed: int) -> dict[str, Any]:
+def _arguments(settings: Settings, seed: int, output_dir: Path) -> dict[str, Any]:
     return {
-        "output_dir": tempfile.mkdtemp(prefix="trl_cuma-"),
+        "output_dir": str(output_dir),
         "seed": seed,
         "use_cpu": True,
         "bf16": False,
