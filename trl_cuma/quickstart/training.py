@@ -202,6 +202,7 @@ def _arguments(settings: Settings, seed: int, output_dir: Path) -> dict[str, Any
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
+        "disable_tqdm": False,  # else a quiet transformers prints metrics in place of a bar
         "lr_scheduler_type": "cosine",
         "warmup_steps": settings.warmup_steps,
     }
