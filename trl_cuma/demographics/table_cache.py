@@ -2,6 +2,7 @@
 """A table's vectors on disk: one safetensors file per encoder state, hashed keys and vectors only."""
 
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -9,8 +10,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 
 class TableCache:
@@ -58,16 +59,18 @@ class TableCache:
         if not self.path.exists():
             return {}
         try:
-            with safe_open(self.path, framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
-                    raise ValueError("it belongs to another encoder")
-                keys, vectors = file.get_tensor("keys"), file.get_tensor("vectors")
+            content = self.path.read_bytes()  # opened once: safe_open opens twice, and may meet two versions
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            if header.get("__metadata__", {}).get("fingerprint") != self.fingerprint:
+                raise ValueError("it belongs to another encoder")
+            keys, vectors = tensors["keys"], tensors["vectors"]
             expected = (torch.uint8, (len(keys), 32), torch.float32, (len(keys), self.dim))
             if (keys.dtype, tuple(keys.shape), vectors.dtype, tuple(vectors.shape)) != expected:
                 raise ValueError("its tensors have other shapes or types")
             if not vectors.isfinite().all():
                 raise ValueError("its vectors are not finite")
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             warnings.warn(f"The demographic cache {self.path} is ignored and rebuilt: {error}", stacklevel=2)
             return {}
         return {bytes(key): row for key, row in zip(keys.numpy(), vectors, strict=True)}
