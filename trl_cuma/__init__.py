@@ -9,8 +9,15 @@ Importing this package registers the PEFT method `CUMA`: `get_peft_model(model, 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .adapter import CuMAConfig, CuMAModel, compute_gates
-from .demographics import DemographicProfile, DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
+from .adapter import CuMAConfig, CuMAModel, compute_gates, grow_experts, reset_router
+from .demographics import (
+    DemographicProfile,
+    DemographicTable,
+    FieldEncoder,
+    TextEncoder,
+    encoder_from_state,
+    load_demographic_encoder,
+)
 
 if TYPE_CHECKING:
     from .trainers import CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer
@@ -32,6 +39,9 @@ __all__ = [
     "TextEncoder",
     "compute_gates",
     "encoder_from_state",
+    "grow_experts",
+    "load_demographic_encoder",
+    "reset_router",
 ]
 
 

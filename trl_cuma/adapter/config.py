@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .card import write_card
 from .peft_type import CUMA
 from .router import GATES, check_gate
 
@@ -56,6 +59,10 @@ class CuMAConfig(PeftConfig):
         layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save: as in `LoraConfig`.
         trainable_token_indices: as in `LoraConfig`; TRL sets it when a chat template brings new tokens.
         init_weights (`bool`): the residual starts at zero. `False` draws B at random, for tests.
+        base_model_type (`str`, *optional*): `model_type` of the base; written when the adapter is made, checked when
+            it is loaded.
+        training (`list[dict]`, *optional*): what the adapter was trained on, one entry per run; written by the
+            trainers, for the model card.
         format_version (`int`): version of the saved adapter's format.
 
     Raises:
@@ -105,7 +112,28 @@ class CuMAConfig(PeftConfig):
         default=None, metadata={"help": "Token indices whose embeddings are trained."}
     )
     init_weights: bool = field(default=True, metadata={"help": "The residual starts at zero."})
+    base_model_type: str | None = field(default=None, metadata={"help": "Type of the base model, written by CuMA."})
+    training: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "What the adapter was trained on, written by the trainers."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
+
+    # Where the configuration was loaded from, until the adapter's weights are. Not a field: it isn't saved.
+    source = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> CuMAConfig:
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.source = os.path.join(*filter(None, (pretrained_model_name_or_path, subfolder)))
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; beside an adapter's weights it also writes the model card, as README.md."""
+        super().save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            write_card(save_directory, self)
 
     def __post_init__(self) -> None:
         super().__post_init__()

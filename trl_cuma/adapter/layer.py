@@ -70,9 +70,7 @@ class CuMALinear(nn.Module, CuMALayer):
         if leader is None:
             self.cuma_router[adapter_name] = CuMARouter(
                 in_features=0 if config.routing == "demographic" else self.in_features,
-                demographic_features=0
-                if config.routing == "semantic"
-                else (config.demographic_projection or config.demographic_dim),
+                demographic_features=router_features(config),
                 num_experts=config.num_experts,
                 hidden=config.router_hidden,
                 layers=config.router_layers,
@@ -132,6 +130,11 @@ class CuMALinear(nn.Module, CuMALayer):
 
     def unmerge(self) -> NoReturn:
         raise_not_mergeable()
+
+
+def router_features(config: CuMAConfig) -> int:
+    """Length of the profile's vector at a router; 0 if the router reads no profile."""
+    return 0 if config.routing == "semantic" else config.demographic_projection or config.demographic_dim
 
 
 def raise_not_mergeable() -> NoReturn:

@@ -12,24 +12,20 @@ from typing import Any, NoReturn
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    register_peft_method,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs, register_peft_method
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from .conditioning import Conditioning, ConditioningStack, carry_conditioning_through_checkpoints
 from .config import DEFAULT_DEMOGRAPHIC_DIM, CuMAConfig
 from .layer import CuMALayer, CuMALinear, raise_not_mergeable
+from .loading import base_model_type, check_saved_adapter, check_tensors
 from .losses import RouterLosses
 from .peft_type import CUMA
+from .targets import DEFAULT_TARGET_MODULES, check_target_modules, instead, is_linear
 
 
 class CuMAModel(BaseTuner):
@@ -55,7 +51,7 @@ class CuMAModel(BaseTuner):
 
     prefix = "cuma_"
     tuner_layer_cls = CuMALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = DEFAULT_TARGET_MODULES
     uses_shared_state = True
 
     # ------------------------------------------------------------------ injection
@@ -67,6 +63,9 @@ class CuMAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        config = self.peft_config[adapter_name]
+        check_saved_adapter(model, config)
+        check_target_modules(model, config)
         first = "cuma_demographic" not in self._modules  # called from BaseTuner.__init__
         if first:
             if any(isinstance(module, CuMALinear) for module in model.modules()):
@@ -80,24 +79,23 @@ class CuMAModel(BaseTuner):
                 model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
                 model.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True),
             ]
-        config = self.peft_config[adapter_name]
+        config.base_model_type = base_model_type(model)
         if config.demographic_dim is None:
             config.demographic_dim = DEFAULT_DEMOGRAPHIC_DIM
         if config.demographic_projection is not None:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                projection = nn.Linear(config.demographic_dim, config.demographic_projection, bias=False)
-                nn.init.normal_(projection.weight, std=config.demographic_dim**-0.5)  # keeps the vector's RMS
-                self.cuma_demographic[adapter_name] = projection
+                self.cuma_demographic[adapter_name] = demographic_projection(config)
         # As for the layers' parameters, PEFT's "an adapter that is added leaves the others as trainable as they were".
         trainable = {name: module.weight.requires_grad for name, module in self.cuma_demographic.items()}
         self._leaders: dict[tuple, CuMALinear] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            _check_router_groups(model, config, adapter_name)
         except Exception:
-            if adapter_name in self.cuma_demographic:
-                del self.cuma_demographic[adapter_name]
             if first:  # the caller has only the base model: give it back whole, for another try
                 self.unload()
+            else:
+                self.delete_adapter(adapter_name)
             raise
         finally:
             del self._leaders
@@ -133,21 +131,17 @@ class CuMAModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> CuMALinear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization_kwargs = get_quantization_kwargs(self)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"CuMA cannot target `{key}`: nn.MultiheadAttention reads its weight without calling it, so the "
                 "adapter would be ignored. Target other linear layers."
             )
-        if not isinstance(base, nn.Linear | Conv1D):
-            backend = resolve_quantization_backend(base, **quantization_kwargs)
-            if getattr(backend, "layer_type", None) != "linear":
-                raise ValueError(
-                    f"CuMA cannot target `{key}` of type {type(base).__name__}: it adapts linear layers (nn.Linear, "
-                    "Conv1D, and quantized ones that PEFT knows). Name linear layers in `target_modules`, or use "
-                    "`target_modules='all-linear'`."
-                )
+        if not is_linear(target, quantization_kwargs):
+            raise ValueError(
+                f"CuMA cannot target `{key}` of type {type(target).__name__}: it adapts linear layers (nn.Linear, "
+                f"Conv1D, and quantized ones that PEFT knows). {instead(self.model)}"
+            )
         layer = CuMALinear(target, self._conditioning, **quantization_kwargs)
         layer._active_adapter = self.active_adapters
         return layer
@@ -288,8 +282,24 @@ class CuMAModel(BaseTuner):
         short, found = re.subn(rf"(^|\.)(cuma_[a-z]+)\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
         return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: CuMAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # The one method of the tuner that PEFT calls between reading an adapter's file and copying its tensors.
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(model, config, adapter_name, state_dict)
+        return state_dict
+
     def _check_merge_allowed(self) -> NoReturn:
         raise_not_mergeable()
+
+
+def demographic_projection(config: CuMAConfig) -> nn.Linear:
+    """The adapter's shared map of a profile's vector, at its start."""
+    projection = nn.Linear(config.demographic_dim, config.demographic_projection, bias=False)
+    nn.init.normal_(projection.weight, std=config.demographic_dim**-0.5)  # keeps the vector's RMS
+    return projection
 
 
 @functools.cache
@@ -306,6 +316,17 @@ def _as_list(names: str | Sequence[str]) -> Sequence[str]:
 
 def _first_tensor(*candidates: Any) -> torch.Tensor | None:
     return next((value for value in candidates if isinstance(value, torch.Tensor)), None)
+
+
+def _check_router_groups(model: nn.Module, config: CuMAConfig, adapter_name: str) -> None:
+    layers = ((key, m) for key, m in model.named_modules() if isinstance(m, CuMALinear))
+    targeted = {key.rpartition(".")[2] for key, layer in layers if adapter_name in layer.cuma_experts}
+    unknown = sorted({name for group in config.router_groups or [] for name in group} - targeted)
+    if unknown:
+        raise ValueError(
+            f"`router_groups` names {', '.join(map(repr, unknown))}, which `target_modules` does not find; it finds "
+            f"{', '.join(sorted(targeted))}. Group modules that are targeted."
+        )
 
 
 def _router_group(config: CuMAConfig, key: str) -> tuple[str, int] | None:

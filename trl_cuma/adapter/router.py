@@ -104,13 +104,27 @@ class CuMARouter(nn.Module):
         self.rest = nn.Sequential(
             *(module for i in range(layers - 1) for module in (nn.ReLU(), nn.Linear(hidden, sizes[i + 1])))
         )
+        self._reset_first_layer()
+
+    def reset(self, demographic_features: int) -> None:
+        """Draw all weights anew, for a demographic embedding of this size."""
+        if self.demographic_weight is not None:
+            old = self.demographic_weight
+            new = old.new_empty(old.shape[0], demographic_features)
+            self.demographic_weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        for module in self.rest:
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        self._reset_first_layer()
+
+    def _reset_first_layer(self) -> None:
         # As nn.Linear, but each half with its own fan-in: with one for the concatenation, a short profile vector is
         # drowned by a wide hidden state, and the router is slow to learn who is asking. Not zeros: a zero output
         # layer never breaks the experts' symmetry.
-        for weight in (self.hidden_weight, self.demographic_weight):
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        bound = 1 / math.sqrt(in_features + demographic_features)
+        weights = [weight for weight in (self.hidden_weight, self.demographic_weight) if weight is not None]
+        for weight in weights:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(sum(weight.shape[1] for weight in weights))
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(

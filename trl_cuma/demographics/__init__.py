@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """People to vectors: profiles, encoders, and the table of unique profiles."""
 
-from .encoders import DemographicEncoder, FieldEncoder, TextEncoder, encoder_from_state
+from .encoders import DemographicEncoder, FieldEncoder, TextEncoder, encoder_from_state, load_demographic_encoder
 from .profile import MISSING_VALUES, DemographicProfile
 from .table import DemographicTable
 
@@ -13,4 +13,5 @@ __all__ = [
     "FieldEncoder",
     "TextEncoder",
     "encoder_from_state",
+    "load_demographic_encoder",
 ]

@@ -1,7 +1,10 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """The two encoders behind one name."""
 
+import os
 from typing import Any
+
+from peft import PeftConfig
 
 from .field_encoder import FieldEncoder
 from .text_encoder import TextEncoder
@@ -25,3 +28,28 @@ def encoder_from_state(state: dict[str, Any]) -> DemographicEncoder:
     if state.get("type") == "field":
         return FieldEncoder.from_state(state)
     raise ValueError(f'The encoder state has type {state.get("type")!r}, expected "text" or "field".')
+
+
+def load_demographic_encoder(adapter_path: str | os.PathLike, **kwargs: Any) -> DemographicEncoder:
+    """
+    The fitted encoder of a saved adapter: what turns a profile into the vector that its routers know.
+
+    Args:
+        adapter_path (`str` or `os.PathLike`): the adapter's folder, or its id on the Hub.
+        kwargs: for the Hub: `revision`, `subfolder`, `token`, `cache_dir`, …
+
+    Raises:
+        ValueError: if there is no CuMA adapter, it was trained on ready-made vectors or without profiles, or its
+            encoder's state was changed.
+    """
+    config = PeftConfig.from_pretrained(os.fspath(adapter_path), **kwargs)
+    if config.peft_type != "CUMA":
+        raise ValueError(f"{adapter_path} holds a {config.peft_type.value} adapter, which has no demographic encoder.")
+    if config.demographic_encoder is None:
+        reason = (
+            "reads no profile: call the model without `demographic_embeds`"
+            if config.routing == "semantic"
+            else f"was trained on ready-made vectors: pass your own, of {config.demographic_dim} entries"
+        )
+        raise ValueError(f"The adapter at {adapter_path} {reason}.")
+    return encoder_from_state(config.demographic_encoder)

@@ -1,0 +1,139 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from peft import PeftModel
+
+from trl_cuma import grow_experts, reset_router
+from trl_cuma.testing import tiny_model
+
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+VARIANTS = {
+    "joint": {},
+    "softmax-topk": {"gate": "softmax_topk"},
+    "soft": {"gate": "soft"},
+    "demographic-top-1": {"routing": "demographic", "gate": "softmax_topk", "top_k": 1},
+    "semantic-linear": {"routing": "semantic", "router_layers": 1},
+    "deep-joint-shared-a": {"router_layers": 3, "share_a": True, "demographic_projection": 3},
+    "linear-joint-groups": {"router_layers": 1, "router_groups": GROUPS, "target_modules": "all-linear"},
+    "one-expert": {"num_experts": 1, "top_k": 1},
+    "ranks": {"rank_pattern": {"v_proj": 2}, "use_rslora": True},
+}
+variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@variants
+@pytest.mark.parametrize("factor", [2, 3])
+def test_growing_changes_no_output(make_model, make_batch, fields: dict, factor: int) -> None:
+    """In float64, where the copies' perturbations, as large as B itself, cancel to 1e-12 of the logits."""
+    model, batch = make_model(**fields).double(), make_batch(lengths=[6, 3, 4])
+    batch["demographic_embeds"] = batch["demographic_embeds"].double()
+    expected = model(**batch).logits
+    experts, top_k = model.peft_config["default"].num_experts, model.peft_config["default"].top_k
+    grow_experts(model, factor * experts, perturbation=1.0)
+    grown = model(**batch).logits
+    torch.testing.assert_close(grown, expected, rtol=1e-11, atol=1e-11)
+    assert model.peft_config["default"].num_experts == factor * experts
+    assert model.peft_config["default"].top_k == factor * top_k
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    by_copy = layer.cuma_experts["default"].weight_b.unflatten(1, (experts, factor, -1))
+    assert (by_copy[:, :, 0] - by_copy[:, :, 1]).abs().mean() > 0.5 * by_copy.abs().mean()  # they do differ
+
+
+@variants
+def test_a_grown_adapter_trains_saves_and_loads(make_model, make_batch, tmp_path, fields: dict) -> None:
+    model, batch = make_model(**fields), make_batch(8)
+    before = model(**batch, labels=batch["input_ids"]).loss
+    experts = 2 * model.peft_config["default"].num_experts
+    grow_experts(model, experts)
+    torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, before, rtol=1e-5, atol=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(5):
+        model.zero_grad()
+        outputs = model(**batch, labels=batch["input_ids"], output_router_losses="local")
+        (outputs.loss + outputs["aux_loss"]).backward()
+        optimizer.step()
+    assert outputs["router_load"].shape[1] == experts
+    assert outputs.loss < before - 0.1  # five steps of memorising 48 tokens
+    for copies in model.base_model.model.model.layers[0].self_attn.q_proj.shared_router["default"].parameters():
+        if copies.shape[0] == experts:  # the copies' logits, equal at first, have come apart
+            assert not torch.equal(copies[0], copies[1])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("qwen3", vocab_size=50), tmp_path)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("experts", [3, 4, 6, 0, -8])
+def test_only_whole_copies_are_made(make_model, experts: int) -> None:
+    with pytest.raises(ValueError, match=rf"`num_experts={experts}` must be 2, 3, … times the adapter's 4"):
+        grow_experts(make_model(), experts)
+
+
+def test_what_cannot_grow_is_refused_and_left_as_it_was(make_model, make_batch) -> None:
+    batch = make_batch()
+    for fields, arguments, message in (
+        ({"gate": "double_softmax"}, {}, "gate='double_softmax'` can't grow"),
+        ({}, {"perturbation": 0.0}, "`perturbation` must be positive"),
+        ({"init_weights": True}, {}, "untrained .* nothing to copy"),
+        ({}, {"adapter_name": "other"}, "no CuMA adapter 'other'"),
+    ):
+        model = make_model(**fields)
+        expected = model(**batch).logits
+        with pytest.raises(ValueError, match=message):
+            grow_experts(model, 8, **arguments)
+        assert torch.equal(model(**batch).logits, expected)
+        assert model.peft_config["default"].num_experts == 4
+    with pytest.raises(ValueError, match="Pass a PeftModel"):
+        grow_experts(tiny_model("qwen3", vocab_size=50), 8)
+
+
+def test_only_the_named_adapter_changes(make_model, make_config, make_batch) -> None:
+    model, batch = make_model(), make_batch()
+    model.add_adapter("other", make_config(num_experts=2, top_k=2))
+    expected = model(**batch).logits
+    grow_experts(model, 4, adapter_name="other")
+    reset_router(model, adapter_name="other")
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.peft_config["default"].num_experts == 4 == model.peft_config["other"].num_experts
+    assert model.peft_config["default"].top_k == 2
+
+
+@variants
+def test_reset_routers_are_new_and_the_experts_are_kept(make_model, make_batch, tmp_path, fields: dict) -> None:
+    model, batch = make_model(**fields, demographic_encoder={"type": "field"}), make_batch()
+    expected = model(**batch).logits
+    experts = {name: p.detach().clone() for name, p in model.named_parameters() if "cuma_experts" in name}
+    routing = {name: p.detach().clone() for name, p in model.named_parameters() if "cuma_experts" not in name}
+    reset_router(model, demographic_dim=9)
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in experts.items())
+    new = [n for n, v in routing.items() if "cuma" in n and not torch.equal(parameters[n], v)]
+    assert new == [name for name in routing if "cuma" in name]
+    assert all(parameters[name].requires_grad for name in new)
+    assert model.peft_config["default"].demographic_encoder is None
+    assert model.peft_config["default"].demographic_dim == 9
+    batch["demographic_embeds"] = torch.randn(3, 9)
+    logits = model(**batch).logits
+    if fields.get("num_experts") != 1:  # with one expert there is nothing to route
+        assert (logits - expected).abs().max() > 1e-3
+    (logits.square().mean()).backward()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("qwen3", vocab_size=50), tmp_path)
+    assert torch.equal(again(**batch).logits, logits)
+
+
+def test_a_reset_router_starts_as_a_new_one_does(make_model) -> None:
+    """The bounds of the initialisation: 1 / sqrt(fan-in) for each half of the first layer and each later layer."""
+    model = make_model(router_hidden=512)
+    for parameter in model.parameters():
+        parameter.data.fill_(100.0)
+    reset_router(model, demographic_dim=16)
+    router = model.base_model.model.model.layers[0].self_attn.q_proj.shared_router["default"]
+    for weight, fan_in in (
+        (router.hidden_weight, 64),
+        (router.demographic_weight, 16),
+        (router.bias, 80),
+        (router.rest[1].weight, 512),
+        (router.rest[1].bias, 512),
+    ):
+        assert 0.5 * fan_in**-0.5 < weight.abs().max() <= fan_in**-0.5
