@@ -201,13 +201,14 @@ def run(trainer_class: type, trainer_config: type, args: Sequence[str] | None = 
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=model_args.adapter_config() if new_adapter else None,
-        # A trained adapter keeps the encoder that it was trained with.
-        demographic_encoder=model_args.encoder() if new_adapter else None,
+        # A trained adapter keeps the encoder that it was trained with, unless its routers start anew.
+        demographic_encoder=model_args.encoder() if new_adapter or training_args.cuma_reset_router else None,
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args))
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Adapter saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
     trainer.end()
     return trainer

@@ -16,14 +16,14 @@ import sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl_cuma import encoder_from_state
+from trl_cuma import load_demographic_encoder
 
 folder = sys.argv[1]
 inputs = torch.load(f"{folder}/inputs.pt")
 for name, people in inputs["people"].items():
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, f"{folder}/{name}").eval()
-    encoder = encoder_from_state(model.peft_config["default"].demographic_encoder)
+    encoder = load_demographic_encoder(f"{folder}/{name}")
     embeds = encoder.encode(people)
     with torch.no_grad():
         logits = model(inputs["ids"], demographic_embeds=embeds).logits

@@ -19,6 +19,8 @@ class CuMATrainingArguments:
             `"ranks"`, that of all processes.
         cuma_adapter_path (`str`, *optional*): a trained CuMA adapter to go on training, e.g. from SFT to DPO. It is
             loaded as the trainable adapter `default`.
+        cuma_reset_router (`bool`): of a trained adapter keep the experts, and start the routers anew: the way to
+            another demographic encoder.
         demographic_column (`str`): the data set's column with each row's profile: text, a mapping from field to value,
             or a vector.
         demographic_person_column (`str`): a column that tells people apart, where the data set has it: a field
@@ -33,6 +35,9 @@ class CuMATrainingArguments:
         default="local", metadata={"help": "Whose load the balance loss reads: this process's, or all ranks'."}
     )
     cuma_adapter_path: str | None = field(default=None, metadata={"help": "A trained CuMA adapter to go on training."})
+    cuma_reset_router: bool = field(
+        default=False, metadata={"help": "Start a trained adapter's routers anew, e.g. for another encoder."}
+    )
     demographic_column: str = field(
         default="demographic", metadata={"help": "The data set's column with each row's profile."}
     )

@@ -47,7 +47,7 @@ def resolve_encoder(
                 "`demographic_encoder` is not the encoder that this adapter was trained with (fingerprint "
                 f"{encoder.fingerprint[:12] if encoder.is_fitted else 'none: not fitted'}, the adapter's "
                 f"{expected[:12]}), so its vectors would mean nothing to the router. Leave `demographic_encoder` out: "
-                "the adapter keeps its own."
+                "the adapter keeps its own. To change it, set `cuma_reset_router=True`, which trains the routers anew."
             )
         return encoder
     if is_vector(_first_known(dataset, args.demographic_column)):
@@ -59,11 +59,11 @@ def resolve_encoder(
         return None
     encoder = encoder or TextEncoder()
     if not encoder.is_fitted:
-        if args.cuma_adapter_path is not None:
+        if args.cuma_adapter_path is not None and not args.cuma_reset_router:
             raise ValueError(
                 f"The adapter in {args.cuma_adapter_path} was trained on vectors and keeps no encoder, but the "
                 f"{args.demographic_column!r} column holds profiles. Pass vectors made as those were, or the fitted "
-                "`demographic_encoder` that made them."
+                "`demographic_encoder` that made them, or set `cuma_reset_router=True` to train the routers anew."
             )
         if not isinstance(dataset, Dataset):
             raise ValueError(

@@ -2,6 +2,8 @@
 """The one mechanism that all CuMA trainers share: it carries the profile, and adds the router losses."""
 
 import copy
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +12,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from trl.data_utils import get_dataset_column_names
 
+from ..adapter import CuMAConfig, reset_router
+from ..adapter.card import write_card
 from .adapters import adapter_config, load_adapter
 from .collation import DemographicCollator
 from .demographics import Encoder, adopt_encoder, build_table, check_demographic_column, resolve_encoder
+from .record import training_record
 
 
 class CuMATrainerMixin:
@@ -69,20 +74,32 @@ class CuMATrainerMixin:
         # A copy: what this run writes into it (size, encoder) must not reach the caller's next run.
         peft_config = copy.deepcopy(peft_config)
         config = adapter_config(model, peft_config)
+        if args.cuma_reset_router and peft_config is not None:
+            raise ValueError(
+                "`cuma_reset_router=True` with a new adapter (`peft_config`), whose routers are new anyway. Leave it "
+                "out, or name the trained adapter with `cuma_adapter_path`."
+            )
         if peft_config is not None and config.task_type is None:
             config.task_type = "CAUSAL_LM"  # so that the saved adapter's `generate` takes profiles
         self._routed = config.routing != "semantic"
         if self._routed:
             self._refuse_what_loses_profiles(args, train_dataset)
             check_demographic_column(train_dataset, args.demographic_column, "training")
+            known = dataclasses.replace(config, demographic_encoder=None) if args.cuma_reset_router else config
             with args.main_process_first(desc="demographic encoder"):
-                encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
+                encoder = resolve_encoder(known, demographic_encoder, train_dataset, args)
             named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
             datasets = {"training": train_dataset, **{k: v for k, v in named.items() if v is not None}}
             self.demographic_table = build_table(config, encoder, datasets, args)
+            if args.cuma_reset_router:
+                reset_router(model, adapter_name=model.active_adapter, demographic_dim=self.demographic_table.dim)
             adopt_encoder(config, encoder, self.demographic_table.dim, injected=peft_config is None)
+        elif args.cuma_reset_router:
+            reset_router(model, adapter_name=model.active_adapter)
         self._demographic_column = args.demographic_column
         self._router_metrics: dict[str, list[torch.Tensor]] = {}
+        self._earlier_training = list(config.training or [])
+        self._dataset_name: str | None = None
         super().__init__(
             model,
             args=args,
@@ -170,6 +187,35 @@ class CuMATrainerMixin:
     def _router_loss_scale(self, num_items_in_batch: Any) -> float:
         """Router losses are means over micro-batches; 1 where `Trainer` divides the loss by their number itself."""
         return 1.0
+
+    # ------------------------------------------------------------------ what the adapter says of its training
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._record_training()
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the adapter's card into `output_dir`, where TRL's would tell of a pipeline that knows no profile.
+
+        Args:
+            model_name, tags: not used: the adapter's folder is its name.
+            dataset_name (`str`, *optional*): the data set's name; it also goes into the cards of later checkpoints.
+        """
+        self._dataset_name = dataset_name or self._dataset_name
+        self._record_training()
+        if self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_card(self.args.output_dir, self._adapter_config())
+
+    def _adapter_config(self) -> CuMAConfig:
+        return self.accelerator.unwrap_model(self.model).active_peft_config
+
+    def _record_training(self) -> None:
+        profiles = len(self.demographic_table.embeds) if self._routed else None
+        record = training_record(self, self._dataset_name, profiles)
+        self._adapter_config().training = [*self._earlier_training, record]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.model.training and self._router_metrics:
