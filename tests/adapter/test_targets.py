@@ -42,6 +42,14 @@ def test_the_attention_of_a_mixture_of_experts_is_the_default(make_config, make_
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_router_losses_do_not_replace_those_of_the_base(make_config, make_batch) -> None:
+    model, batch = get_peft_model(mixture_of_experts("qwen3_moe"), make_config(target_modules=None)), make_batch()
+    arguments = batch | {"labels": batch["input_ids"], "output_router_losses": "local"}
+    with pytest.raises(ValueError, match="`aux_loss` of its own.*output_router_logits=False"):
+        model(**arguments, output_router_logits=True)
+    assert 0.9 < model(**arguments)["aux_loss"] < 4  # and what was refused left nothing behind
+
+
 def test_phi3_has_one_fused_attention_layer(make_config) -> None:
     config = AutoConfig.for_model(
         "phi3",

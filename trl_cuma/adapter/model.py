@@ -195,6 +195,11 @@ class CuMAModel(BaseTuner):
                 f"`output_router_losses` needs a model that returns a dict-like output, got {type(output).__name__}. "
                 "Call the model with `return_dict=True`."
             )
+        if output.get("aux_loss") is not None:
+            raise ValueError(
+                "The base model's output has an `aux_loss` of its own, of its routers, where CuMA's would go. Call it "
+                "with `output_router_logits=False`: the base's routers are frozen."
+            )
         losses = conditioning.losses.finish()  # travels as keys: accelerate's conversion to float32 loses attributes
         if isinstance(output, ModelOutput):
             # DistributedDataParallel rebuilds an output from its keys, which must be fields of its class.
