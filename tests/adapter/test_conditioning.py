@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from trl_cuma import CuMAConfig
 
@@ -19,6 +20,34 @@ def test_a_missing_profile_is_an_error_that_says_what_to_pass(make_model, make_b
     for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=1)):
         with pytest.raises(ValueError, match="`demographic_embeds` is missing.*missing_demographics='zero'"):
             call(**batch)
+
+
+def test_a_layer_may_have_an_adapter_of_its_own(make_model, make_config, make_batch) -> None:
+    """PEFT lets single layers be switched; the tuner's own note of the active adapters does not know."""
+    model, batch = make_model(), make_batch()
+    model.add_adapter("other", make_config(demographic_projection=3))
+    model.add_adapter("longer", make_config(demographic_dim=9))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    expected = model(**batch).logits
+    layer.set_adapter("other")
+    assert (model(**batch).logits - expected).abs().max() > 1e-4
+    layer.set_adapter("longer")
+    with pytest.raises(ValueError, match="demographic_embeds"):
+        model(**batch)
+
+
+def test_an_encoder_decoder_generates_in_the_zero_mode(make_config) -> None:
+    """Its `generate` calls the encoder by itself, past the hooks of the whole model."""
+    config = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    adapter = make_config(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], missing_demographics="zero")
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_config(config), adapter).eval()
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    without = model.generate(input_ids=tokens, **options)
+    zeros = model.generate(input_ids=tokens, demographic_embeds=torch.zeros(2, 6), **options)
+    torch.testing.assert_close(torch.stack(without.logits), torch.stack(zeros.logits))
+    other = model.generate(input_ids=tokens, demographic_embeds=torch.ones(2, 6), **options)
+    assert (other.logits[0] - zeros.logits[0]).abs().max() > 1e-4
 
 
 def test_the_zero_mode_means_the_zero_vector(make_model, make_batch) -> None:

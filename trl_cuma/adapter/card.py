@@ -49,7 +49,7 @@ def write_card(folder: str, config: CuMAConfig) -> None:
         text = f"{text.rstrip()}\n\n{block}"
     card.text = text.strip() + "\n"
     tags = {*(card.data.get("tags") or []), "cuma", "trl", "mixture-of-experts"}
-    if _hub_id(config) is None:  # PEFT names what may be a folder of this machine
+    if _base_name(config) is None:  # PEFT names the folder of this machine
         card.data.base_model = None
         tags = {tag for tag in tags if not tag.startswith("base_model:adapter:")}
     card.data["library_name"] = "peft"
@@ -68,7 +68,7 @@ def describe(config: CuMAConfig) -> str:
         "A Cultural Mixture of Adapters ([arXiv 2601.04885](https://arxiv.org/abs/2601.04885)): LoRA experts mixed by "
         f"a router that reads {_ROUTERS[config.routing]}. Made with trl_cuma.",
         "## Use",
-        USE.format(base=_hub_id(config) or "PATH_OF_ITS_BASE_MODEL", profile=_profile_lines(config)),
+        USE.format(base=_base_name(config) or "PATH_OF_ITS_BASE_MODEL", profile=_profile_lines(config)),
         "## Settings",
         _table(_settings(config)),
         "## Demographic profiles",
@@ -84,9 +84,9 @@ def describe(config: CuMAConfig) -> str:
     return "\n\n".join(parts)
 
 
-def _hub_id(config: CuMAConfig) -> str | None:
+def _base_name(config: CuMAConfig) -> str | None:
     name = config.base_model_name_or_path
-    return None if not name or os.path.isabs(name) or os.path.exists(name) else name
+    return None if not name or os.path.isabs(name) else name
 
 
 _ROUTERS = {

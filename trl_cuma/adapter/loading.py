@@ -11,6 +11,7 @@ import re
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -108,4 +109,4 @@ def check_tensors(
 
 def base_model_type(model: nn.Module) -> str | None:
     """`model_type` of a transformers model's configuration; `None` for another module."""
-    return getattr(getattr(model, "config", None), "model_type", None)
+    return BaseTuner.get_model_config(model).get("model_type") if hasattr(model, "config") else None

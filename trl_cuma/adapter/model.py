@@ -209,22 +209,21 @@ class CuMAModel(BaseTuner):
 
     def generate(self, *args: Any, demographic_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, for the people of `demographic_embeds` `(prompts, demographic_dim)`."""
-        if demographic_embeds is None:
-            return self.model.generate(*args, **kwargs)
         names = ("input_ids", "inputs", "inputs_embeds")
         prompts = _first_tensor(*args[:1], *(kwargs.get(name) for name in names))
-        if prompts is not None and prompts.shape[0] != demographic_embeds.shape[0]:
+        given = prompts is not None and demographic_embeds is not None
+        if given and prompts.shape[0] != demographic_embeds.shape[0]:
             raise ValueError(
                 f"`demographic_embeds` has {demographic_embeds.shape[0]} rows but there are {prompts.shape[0]} "
                 "prompts. Pass one row per prompt; beams and `num_return_sequences` are taken care of."
             )
+        # Also without profiles: an encoder is called by itself, where no hook could say what their lack means.
         with self._conditioning.use(self._condition(demographic_embeds, expand=True)):
             return self.model.generate(*args, **kwargs)
 
     def _condition(self, embeds: torch.Tensor | None, **kwargs: Any) -> Conditioning:
         profiles: dict[str, torch.Tensor] = {}
-        for name in self.active_adapters:
-            config = self.peft_config[name]
+        for name, config in self.peft_config.items():  # not the active ones alone: a single layer may have its own
             if config.routing == "semantic":
                 continue
             if embeds is None:
@@ -234,6 +233,8 @@ class CuMAModel(BaseTuner):
                     profiles[name] = torch.zeros(1, size, device=device)
                 continue
             if embeds.dim() != 2 or embeds.shape[1] != config.demographic_dim:
+                if name not in self.active_adapters:
+                    continue
                 raise ValueError(
                     f"`demographic_embeds` must have shape (rows, {config.demographic_dim}) for adapter {name!r}, got "
                     f"{tuple(embeds.shape)}. `demographic_dim={config.demographic_dim}` in CuMAConfig must be the "

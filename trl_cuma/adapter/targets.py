@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,13 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from .config import CuMAConfig
 
 # Base model type → default `target_modules`: the published choice, the attention's query and value projections (one
-# fused layer where the architecture has one). PEFT's table for LoRA is that, but for Phi, and lacks some.
-DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
-    "phi": ["q_proj", "v_proj"],
-    "phi3": ["qkv_proj"],
-    "qwen2_moe": ["q_proj", "v_proj"],
-    "qwen3_moe": ["q_proj", "v_proj"],
-}
+# fused layer where the architecture has one). PEFT's table for LoRA is that, but for Phi, and lacks some; entries that
+# are added to it hold here, too.
+DEFAULT_TARGET_MODULES: Mapping[str, list[str] | str] = ChainMap(
+    {
+        "phi": ["q_proj", "v_proj"],
+        "phi3": ["qkv_proj"],
+        "qwen2_moe": ["q_proj", "v_proj"],
+        "qwen3_moe": ["q_proj", "v_proj"],
+    },
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 
 
 def is_linear(module: nn.Module, quantization_kwargs: dict[str, Any]) -> bool:
