@@ -140,32 +140,3 @@ def test_a_layer_in_multihead_attention_is_refused() -> None:
 
     with pytest.raises(ValueError, match="`attention.out_proj`: nn.MultiheadAttention"):
         get_peft_model(Attention(), CuMAConfig(target_modules=["out_proj"]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_base_trains_and_loads_again(make_config, make_batch, tmp_path, bits: int) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs the extra trl_cuma[quantization]")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    tiny_model("qwen3", vocab_size=50).save_pretrained(tmp_path / "base")
-    quantization = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        if bits == 4
-        else BitsAndBytesConfig(load_in_8bit=True)
-    )
-
-    def base() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}
-        )
-
-    model = get_peft_model(base(), make_config(target_modules="all-linear")).train()
-    batch = make_batch()
-    outputs = model(**batch, labels=batch["input_ids"], output_router_losses="local")
-    (outputs.loss + outputs["aux_loss"]).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(base(), tmp_path / "adapter")
-    torch.testing.assert_close(again.eval()(**batch).logits, model.eval()(**batch).logits, rtol=0, atol=0)
