@@ -182,7 +182,7 @@ class CuMAModel(BaseTuner):
         conditioning = self._condition(embeds, ids=ids, batch_shape=batch_shape, losses=losses)
         self._conditioning.pop()
         self._conditioning.push(conditioning)
-        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if model.training and torch.is_grad_enabled():
             carry_conditioning_through_checkpoints(model, self._conditioning)
         return args, kwargs
 

@@ -1,0 +1,98 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""`torch.compile`: one graph, the same for everyone, and the eager model's numbers."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel
+from torch._dynamo.testing import CompileCounterWithBackend
+
+# The compiled backward adds up in another order: a few eps (1.2e-7) of gradients of size 1e-2 to 1.
+SAME = {"rtol": 1e-4, "atol": 1e-6}
+ONE_LAYER = {"num_hidden_layers": 1}  # compiling takes seconds for each
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(call, model: PeftModel, batch: dict) -> dict[str, torch.Tensor]:
+    """With router losses where the batch asks for them. Not from `labels`: GPT-2's loss function logs, untraceably."""
+    model.zero_grad()
+    outputs = call(**batch, use_cache=False)
+    (outputs.logits.square().mean() + outputs.get("aux_loss", 0)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equals_eager(compiled, model: PeftModel, twin: PeftModel, batch: dict) -> None:
+    """`twin` has the same weights and is not compiled."""
+    expected = gradients(twin, twin, batch)
+    got = gradients(compiled, model, batch)
+    assert got.keys() == expected.keys() and got
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], **SAME, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_compiles_to_one_graph(make_model, make_batch, architecture: str, fields: dict) -> None:
+    model, twin = (make_model(architecture, **fields, base=ONE_LAYER).train() for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):  # other people and other texts of the same shape
+            batch = make_batch(seed=seed)
+            assert_equals_eager(compiled, model, twin, batch)
+    assert counter.frame_count == 1
+    if fields.get("routing") != "semantic":  # a profile baked into the graph would have shown
+        swapped = batch | {"demographic_embeds": make_batch(seed=0)["demographic_embeds"]}
+        assert (twin(**swapped).logits - twin(**batch).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", ["qwen3-joint", "qwen3-groups"], indirect=True)
+def test_training_compiles_to_one_graph_for_everyone(make_model, make_batch, case) -> None:
+    assert_compiles_to_one_graph(make_model, make_batch, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    ["qwen3-demographic", "qwen3-semantic", "qwen3-soft", "llama", "mistral", "gemma", "phi", "gpt2", "opt", "bloom"],
+    indirect=True,
+)
+def test_the_other_cases_compile_to_one_graph(make_model, make_batch, case) -> None:
+    assert_compiles_to_one_graph(make_model, make_batch, *case)
+
+
+@pytest.mark.slow
+def test_router_losses_break_the_graph_in_the_same_places_for_everyone(make_model, make_batch, variant) -> None:
+    """Their gradient waits for `backward()`, so a router's statistics stay eager; a second batch compiles nothing."""
+    model, twin = (make_model(**variant, base=ONE_LAYER).train() for _ in range(2))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    graphs = []
+    for seed in (0, 1):
+        assert_equals_eager(compiled, model, twin, make_batch(seed=seed) | {"output_router_losses": "local"})
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [{}, {"output_router_losses": "local"}], ids=["plain", "router-losses"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_checkpointing_in_a_compiled_model_keeps_the_profile(
+    make_model, make_batch, losses: dict, use_reentrant: bool, first: str
+) -> None:
+    """Not one graph, for a checkpointed layer changes the state that its profile travels in; but the numbers."""
+    fields = {"demographic_projection": 3, "router_groups": [["q_proj", "v_proj"]], "base": ONE_LAYER}
+    model, twin = (make_model(**fields).train() for _ in range(2))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if first == "eager":
+        gradients(model, model, make_batch())
+    compiled = torch.compile(model, backend="eager")
+    for seed in (0, 1):
+        assert_equals_eager(compiled, model, twin, make_batch(seed=seed) | losses)
