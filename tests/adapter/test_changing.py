@@ -63,9 +63,15 @@ def test_a_grown_adapter_trains_saves_and_loads(make_model, make_batch, tmp_path
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("experts", [3, 4, 6, 0, -8])
-def test_only_whole_copies_are_made(make_model, experts: int) -> None:
-    with pytest.raises(ValueError, match=rf"`num_experts={experts}` must be 2, 3, … times the adapter's 4"):
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        *((count, rf"`num_experts={count}` must be 2, 3, … times the adapter's 4") for count in (3, 4, 6)),
+        *((count, rf"`num_experts` must be a positive integer, got {count}") for count in (0, -8, 8.0, True)),
+    ],
+)
+def test_only_whole_copies_are_made(make_model, experts, message) -> None:
+    with pytest.raises(ValueError, match=message):
         grow_experts(make_model(), experts)
 
 
@@ -74,6 +80,7 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was(make_model, make_batch) 
     for fields, arguments, message in (
         ({"gate": "double_softmax"}, {}, "gate='double_softmax'` can't grow"),
         ({}, {"perturbation": 0.0}, "`perturbation` must be positive"),
+        ({}, {"perturbation": float("inf")}, "`perturbation` must be positive.* and finite; got inf"),
         ({"init_weights": True}, {}, "untrained .* nothing to copy"),
         ({}, {"adapter_name": "other"}, "no CuMA adapter 'other'"),
     ):
@@ -111,8 +118,11 @@ def test_reset_routers_are_new_and_the_experts_are_kept(make_model, make_batch, 
     assert new == [name for name in routing if "cuma" in name]
     assert all(parameters[name].requires_grad for name in new)
     assert model.peft_config["default"].demographic_encoder is None
-    assert model.peft_config["default"].demographic_dim == 9
-    batch["demographic_embeds"] = torch.randn(3, 9)
+    if fields.get("routing") == "semantic":  # reads no profile, whatever its length
+        assert model.peft_config["default"].demographic_dim == 6
+    else:
+        assert model.peft_config["default"].demographic_dim == 9
+        batch["demographic_embeds"] = torch.randn(3, 9)
     logits = model(**batch).logits
     if fields.get("num_experts") != 1:  # with one expert there is nothing to route
         assert (logits - expected).abs().max() > 1e-3

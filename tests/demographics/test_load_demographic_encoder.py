@@ -28,7 +28,7 @@ def test_the_adapter_s_own_encoder_comes_back(encoder, tmp_path) -> None:
     [
         (CuMAConfig(demographic_dim=7), "trained on ready-made vectors: pass your own, of 7 entries"),
         (CuMAConfig(routing="semantic"), "reads no profile"),
-        (LoraConfig(), "LORA adapter, which has no demographic encoder"),
+        (LoraConfig(), "holds no CuMA adapter"),
     ],
 )
 def test_an_adapter_without_an_encoder_says_why(config, message, tmp_path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from .config import CuMAConfig
 
 BEGIN, END = "<!-- trl_cuma: written anew whenever the adapter is saved -->", "<!-- trl_cuma: end -->"
-PLACEHOLDER = "[More Information Needed]"  # of the empty template that PEFT begins with
 
 USE = """\
 ```python
@@ -34,31 +32,44 @@ model.generate(**inputs, demographic_embeds=embeds)"""
 
 def write_card(folder: str, config: CuMAConfig) -> None:
     """
-    Write the card into `folder/README.md`: into a new one, in place of an empty template, or between its own marks in
-    one that somebody has written; their text and metadata stay.
+    Write the card into `folder/README.md`: into a new one, in place of PEFT's empty template, or between its own marks
+    in one that somebody has written, whose text stays.
     """
     path = os.path.join(folder, "README.md")
-    card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("")
     text, block = card.text, f"{BEGIN}\n{describe(config)}\n{END}"
-    if BEGIN in text and END in text:
-        before, rest = text.split(BEGIN, 1)
-        text = before + block + rest.split(END, 1)[1]
-    elif PLACEHOLDER in text:
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        text = before + block + after
+    elif _is_template(text):
         text = block
     else:
         text = f"{text.rstrip()}\n\n{block}"
     card.text = text.strip() + "\n"
-    tags = {*(card.data.get("tags") or []), "cuma", "trl", "mixture-of-experts"}
-    if _base_name(config) is None:  # PEFT names the folder of this machine
+    tags = {*map(str, card.data.get("tags") or []), "cuma", "trl", "mixture-of-experts"}
+    if card.data.base_model != public_name(card.data.base_model):  # PEFT names the folder of this machine
         card.data.base_model = None
         tags = {tag for tag in tags if not tag.startswith("base_model:adapter:")}
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted(tags)
-    # whole or not at all: a card may hold its owner's words
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(str(card))
-    os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-    os.replace(file.name, path)
+    card.save(path)
+
+
+def _is_template(text: str) -> bool:
+    """Whether nobody has written anything into the template that PEFT begins with, to which it adds some lines."""
+    template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    added = re.compile(
+        r"\s*$|### Framework versions|## Training procedure|The following `bitsandbytes`|- (PEFT |\w+: )"
+    )
+    return all(line in template or added.match(line) for line in text.splitlines())
+
+
+def public_name(name: str | None) -> str | None:
+    """A Hub id as it is; of a path its last part, since the rest tells of somebody's machine."""
+    if not name or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        return name or None
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def describe(config: CuMAConfig) -> str:
@@ -68,13 +79,15 @@ def describe(config: CuMAConfig) -> str:
         "A Cultural Mixture of Adapters ([arXiv 2601.04885](https://arxiv.org/abs/2601.04885)): LoRA experts mixed by "
         f"a router that reads {_ROUTERS[config.routing]}. Made with trl_cuma.",
         "## Use",
-        USE.format(base=_base_name(config) or "PATH_OF_ITS_BASE_MODEL", profile=_profile_lines(config)),
+        USE.format(
+            base=public_name(config.base_model_name_or_path) or "ITS_BASE_MODEL", profile=_profile_lines(config)
+        ),
         "## Settings",
         _table(_settings(config)),
         "## Demographic profiles",
         _demographics(config),
         "## Training",
-        *(_table(run) for run in config.training or []),
+        *(_table({name.replace("_", " "): value for name, value in run.items()}) for run in config.training or []),
         *([] if config.training else ["Not recorded: the adapter was saved outside of a CuMA trainer."]),
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(config)),
@@ -82,11 +95,6 @@ def describe(config: CuMAConfig) -> str:
         f"- PEFT {config.peft_version}",
     ]
     return "\n\n".join(parts)
-
-
-def _base_name(config: CuMAConfig) -> str | None:
-    name = config.base_model_name_or_path
-    return None if not name or os.path.isabs(name) else name
 
 
 _ROUTERS = {
@@ -122,16 +130,14 @@ def _demographics(config: CuMAConfig) -> str:
             f"Vectors of {config.demographic_dim} entries that the data set brought along. How they were made is not "
             "recorded here, and nothing else fits the router."
         )
-    facts: dict[str, Any] = {"encoder": state["type"]}
-    if state["type"] == "text":
-        model = state["model"]
-        facts["model"] = os.path.basename(model) if os.path.isabs(model) else model
-        facts |= {name: state[name] for name in ("revision", "pooling", "template", "max_seq_length", "dim")}
-        facts["standardisation"] = "mean and RMS of the training profiles' vectors"
-    else:
+    names = ("type", "revision", "pooling", "template", "max_seq_length", "dim", "min_count")
+    facts = {name: state[name] for name in names if state.get(name) is not None}
+    if "model" in state:
+        facts["model"] = public_name(state["model"])
+    if "vocabulary" in state:
         facts["fields (known values)"] = {name: len(values) for name, values in state["vocabulary"].items()}
-        facts["left out"] = f"values that fewer than {state['min_count']} people had"
-    return _table(facts | {"fingerprint": state["fingerprint"][:12]})
+        facts["values that fewer than min_count people had"] = "left out"
+    return _table(facts | {"fingerprint": str(state.get("fingerprint"))[:12]})
 
 
 def _limits(config: CuMAConfig) -> list[str]:

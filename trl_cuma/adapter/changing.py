@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import PeftModel
 from torch import nn
 
-from .config import CuMAConfig
+from .config import CuMAConfig, check_positive
 from .experts import CuMAExperts
 from .layer import CuMALinear, router_features
 from .model import demographic_projection
@@ -20,7 +22,8 @@ def grow_experts(
     """
     Give a trained adapter m times its experts, as m copies of each, and m times its `top_k`. The copies' B differ by
     perturbations that sum to zero, and their gates are equal, so that at first the model computes what it did (up to
-    rounding); the perturbations make the copies learn apart (sparse upcycling, arXiv 2212.05055, for LoRA experts).
+    the rounding of the adapter's dtype); the perturbations make the copies learn apart (sparse upcycling, arXiv
+    2212.05055, for LoRA experts).
 
     Do it before a trainer or an optimiser is made: the parameters are new.
 
@@ -29,7 +32,7 @@ def grow_experts(
         num_experts (`int`): the new number of experts, a multiple of the present one.
         adapter_name (`str`): the adapter.
         perturbation (`float`): standard deviation of the perturbations, relative to the root mean square of the
-            expert's B.
+            layer's B.
 
     Raises:
         ValueError: if `num_experts` is not a multiple (2 or more) of the present number, if the gate is
@@ -37,6 +40,7 @@ def grow_experts(
             is untrained.
     """
     config, layers = _adapter(model, adapter_name)
+    check_positive("num_experts", num_experts)
     factor, rest = divmod(num_experts, config.num_experts)
     if rest or factor < 2:
         raise ValueError(
@@ -48,8 +52,8 @@ def grow_experts(
             "An adapter with `gate='double_softmax'` can't grow: its gates for m copies are not m equal parts of the "
             "expert's gate, so that the model would change. Train one with `gate='topk_softmax'`."
         )
-    if not perturbation > 0:
-        raise ValueError(f"`perturbation` must be positive, or the copies stay equal; got {perturbation}.")
+    if not 0 < perturbation < math.inf:
+        raise ValueError(f"`perturbation` must be positive, or the copies stay equal, and finite; got {perturbation}.")
     experts = [layer.cuma_experts[adapter_name] for layer in layers]
     if not any(each.weight_b.any() for each in experts):
         raise ValueError(
@@ -78,7 +82,9 @@ def reset_router(model: PeftModel, *, adapter_name: str = "default", demographic
         demographic_dim (`int`, *optional*): length of the new encoder's vectors; as it was by default.
     """
     config, layers = _adapter(model, adapter_name)
-    config.demographic_dim = demographic_dim or config.demographic_dim
+    if demographic_dim is not None and config.routing != "semantic":
+        check_positive("demographic_dim", demographic_dim)
+        config.demographic_dim = demographic_dim
     config.demographic_encoder = None
     for router in _routers(layers, adapter_name):
         router.reset(router_features(config))
@@ -110,7 +116,8 @@ def _grow(experts: CuMAExperts, factor: int, perturbation: float) -> None:
     dtype = torch.promote_types(experts.weight_b.dtype, torch.float32)
     b = experts.weight_b.data.unflatten(1, by_expert).to(dtype)  # (out, experts, r)
     noise = torch.randn(factor, *b.shape, dtype=dtype, device=b.device)
-    noise = (noise - noise.mean(0)) * (perturbation * b.square().mean((0, 2), keepdim=True).sqrt())
+    # Relative to the layer's B, not to the expert's: the copies of one that was never used, zero, must part, too.
+    noise = (noise - noise.mean(0)) * (perturbation * b.square().mean().sqrt())
     copies = (b + noise).movedim(0, 2)  # (out, experts, copies, r)
     _replace(experts, "weight_b", copies.flatten(1).to(experts.weight_b.dtype))
     experts.num_experts *= factor

@@ -118,7 +118,8 @@ class CuMAConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
-    # Where the configuration was loaded from, until the adapter's weights are. Not a field: it isn't saved.
+    # Where the configuration was loaded from, as arguments of `hf_hub_download`, until the adapter's weights are, too.
+    # Not a field: it isn't saved.
     source = None
 
     @classmethod
@@ -126,7 +127,8 @@ class CuMAConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> CuMAConfig:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.source = os.path.join(*filter(None, (pretrained_model_name_or_path, subfolder)))
+        hub_kwargs, *_ = cls._split_kwargs(kwargs)
+        config.source = {"repo_id": os.fspath(pretrained_model_name_or_path), "subfolder": subfolder, **hub_kwargs}
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -143,10 +145,10 @@ class CuMAConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         for name in ("r", "num_experts", "top_k", "router_hidden", "router_layers"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("demographic_dim", "demographic_projection"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
         for name, values in (
@@ -173,6 +175,7 @@ class CuMAConfig(PeftConfig):
         names = [name for group in self.router_groups or [] for name in group]
         if len(names) != len(set(names)):
             raise ValueError(f"`router_groups` names a module twice: {self.router_groups}. A module has one router.")
+        check_positive("format_version", self.format_version)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"`format_version={self.format_version}` is newer than this trl_cuma reads ({FORMAT_VERSION}). "
@@ -180,6 +183,6 @@ class CuMAConfig(PeftConfig):
             )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -23,37 +25,62 @@ SHOWN = 3  # tensors that an error names
 
 def check_saved_adapter(model: nn.Module, config: CuMAConfig) -> None:
     """
-    Refuse a configuration that was loaded with an adapter which cannot be used with `model`, before the model is
-    touched.
+    Refuse a saved adapter that cannot be used with `model`, before the model is touched.
 
     Raises:
         ValueError: if the adapter was made for another type of base model, its weights are a pickle, or its file is
-            damaged.
+            damaged or lacks what `modules_to_save` and `trainable_token_indices` name.
     """
-    if config.source is None:
-        return
     model_type = base_model_type(model)
-    if config.base_model_type is not None and model_type is not None and config.base_model_type != model_type:
+    if None not in (config.base_model_type, model_type) and config.base_model_type != model_type:
         raise ValueError(
-            f"The adapter at {config.source} is for a base model of type {config.base_model_type!r}, not "
-            f"{model_type!r}. Load it on its own base: `base_model_name_or_path` in its adapter_config.json is "
-            f"{config.base_model_name_or_path!r}."
+            f"The adapter is for a base model of type {config.base_model_type!r}, not {model_type!r}. Load it on its "
+            f"own base, {config.base_model_name_or_path!r}; for a new adapter, make a new CuMAConfig."
         )
-    weights = os.path.join(config.source, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.isfile(weights):
-        try:
-            with safe_open(weights, framework="pt"):
-                pass
-        except SafetensorError as error:
+    if config.source is None or (path := _weights_file(config.source)) is None:
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or was not written to its end ({error}). Copy it again, or load an earlier checkpoint."
+        ) from error
+    others = [key for key in keys if not re.search(r"\.cuma_[a-z]+\.", key)]
+    for name in config.modules_to_save or []:
+        if not any(re.search(rf"\.{re.escape(name)}(\.|$)", key) for key in others):
             raise ValueError(
-                f"{weights} is damaged or was not written to its end ({error}). Copy it again, or load an earlier "
-                "checkpoint."
-            ) from error
-    elif os.path.isfile(os.path.join(config.source, WEIGHTS_NAME)):
+                f"{path} has no tensor of {name!r}, which `modules_to_save` in its adapter_config.json names. Copy "
+                "the adapter again."
+            )
+    if config.trainable_token_indices and not any("trainable_tokens" in key for key in others):
         raise ValueError(
-            f"The adapter at {config.source} has its weights in {WEIGHTS_NAME}, a pickle, which CuMA does not load. "
-            f"Save it again with `safe_serialization=True`, PEFT's default, which writes {SAFETENSORS_WEIGHTS_NAME}."
+            f"{path} has no trained tokens, which `trainable_token_indices` in its adapter_config.json names. Copy "
+            "the adapter again."
         )
+
+
+def _weights_file(source: dict[str, Any]) -> str | None:
+    """The path of a saved adapter's safetensors; `None` in a folder that holds a configuration alone."""
+    folder = os.path.join(*filter(None, (source["repo_id"], source["subfolder"])))
+    if os.path.isdir(folder):
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(path):
+            return path
+        pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
+    else:
+        try:
+            return hf_hub_download(filename=SAFETENSORS_WEIGHTS_NAME, **source)  # PEFT's next step, from the cache
+        except LocalEntryNotFoundError:  # no network, which is another matter
+            raise
+        except EntryNotFoundError:
+            pickled = True  # all that PEFT would load now
+    if pickled:
+        raise ValueError(
+            f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and {WEIGHTS_NAME}, a pickle, is not loaded. "
+            "Save the adapter again with `safe_serialization=True`, PEFT's default."
+        )
+    return None
 
 
 def check_tensors(
@@ -71,19 +98,15 @@ def check_tensors(
         ValueError: naming the tensors that are missing, unknown, or of another shape.
     """
     own = re.compile(rf"(^|\.)cuma_[a-z]+\.{re.escape(adapter_name)}\.")
+    tensors = dict([*model.named_buffers(), *model.named_parameters(remove_duplicate=False)])
     # Under ZeRO-3 a parameter is empty between uses, and keeps its shape in `ds_shape`.
-    expected = {
-        key: tuple(getattr(value, "ds_shape", value.shape))
-        for key, value in model.named_parameters()
-        if own.search(key)
-    }
-    every = model.state_dict().keys()  # embeddings may have been saved along
-    missing = [key for key in expected if key not in state_dict]
-    unknown = [key for key in state_dict if key not in every]
+    shapes = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in tensors.items()}
+    missing = [key for key in shapes if own.search(key) and key not in state_dict]
+    unknown = [key for key in state_dict if key not in shapes]
     reshaped = [
-        f"{key} has shape {tuple(state_dict[key].shape)}, here {shape}"
-        for key, shape in expected.items()
-        if key in state_dict and tuple(state_dict[key].shape) != shape
+        f"{key} has shape {tuple(value.shape)}, here {shapes[key]}"
+        for key, value in state_dict.items()
+        if key in shapes and tuple(value.shape) != shapes[key]
     ]
     problems = [
         f"{len(found)} of its tensors {what} ({'; '.join(found[:SHOWN])}{'; …' if len(found) > SHOWN else ''})"
@@ -99,14 +122,17 @@ def check_tensors(
         return
     advice = "Load it on the base model that it was trained on, or copy its folder again if it is incomplete."
     if config.source is not None:
-        if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+        # PEFT activates an adapter only after it is loaded: one that is active was there before.
+        if isinstance(model, PeftModel) and adapter_name not in model.active_adapters:
             model.delete_adapter(adapter_name)
             advice += f" Adapter {adapter_name!r} was removed again; the others are as they were."
-        else:
+        elif len(model.peft_config) == 1:
             advice += " Before you try again, reload the base model: it now holds an adapter without its weights."
     raise ValueError(f"The saved CuMA adapter does not fit: {', and '.join(problems)}. {advice}")
 
 
 def base_model_type(model: nn.Module) -> str | None:
     """`model_type` of a transformers model's configuration; `None` for another module."""
-    return BaseTuner.get_model_config(model).get("model_type") if hasattr(model, "config") else None
+    config = getattr(model, "config", None)
+    name = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return name if isinstance(name, str) else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ class CuMAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name]
+        # A copy: what is written into it must not reach another adapter, such as TRL's reference, or another model.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         check_saved_adapter(model, config)
         check_target_modules(model, config)
         first = "cuma_demographic" not in self._modules  # called from BaseTuner.__init__

@@ -44,7 +44,7 @@ def load_demographic_encoder(adapter_path: str | os.PathLike, **kwargs: Any) -> 
     """
     config = PeftConfig.from_pretrained(os.fspath(adapter_path), **kwargs)
     if config.peft_type != "CUMA":
-        raise ValueError(f"{adapter_path} holds a {config.peft_type.value} adapter, which has no demographic encoder.")
+        raise ValueError(f"{adapter_path} holds no CuMA adapter (its peft_type is {config.peft_type}).")
     if config.demographic_encoder is None:
         reason = (
             "reads no profile: call the model without `demographic_embeds`"
