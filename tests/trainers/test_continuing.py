@@ -80,14 +80,14 @@ def test_the_adapter_tells_of_all_its_training(make_sft, make_dpo, tmp_path) -> 
     dpo.save_model(tmp_path / "dpo")
     runs = json.loads((tmp_path / "dpo" / "adapter_config.json").read_text())["training"]
     assert [run["trainer"] for run in runs] == ["CuMASFTTrainer", "CuMADPOTrainer"]
-    assert runs[1]["data set"] == "some/pairs" and runs[1]["steps"] == dpo.state.global_step > 0
-    assert runs[1]["unique profiles"] == len(dpo.demographic_table.embeds)
+    assert runs[1]["dataset"] == "some/pairs" and runs[1]["steps"] == dpo.state.global_step > 0
+    assert runs[1]["unique_profiles"] == len(dpo.demographic_table.embeds)
     logged = [entry for entry in dpo.state.log_history if "router/utilization" in entry][-1]
-    assert runs[1]["expert utilization at the end (1 is even)"] == logged["router/utilization"]
+    assert runs[1]["last_router_utilization"] == logged["router/utilization"]
     for folder in (tmp_path / "dpo", Path(dpo.args.output_dir)):
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert "| trainer | CuMADPOTrainer |" in card and "| trainer | CuMASFTTrainer |" in card
-        assert "| data set | some/pairs |" in card
+        assert "| dataset | some/pairs |" in card
         assert "JP" not in card and "young" not in card
 
 
@@ -96,5 +96,5 @@ def test_every_checkpoint_has_its_card(make_sft, tmp_path) -> None:
     trainer.train()
     for step in (1, 2):
         card = (Path(trainer.args.output_dir) / f"checkpoint-{step}" / "README.md").read_text(encoding="utf-8")
-        assert f"| steps | {step} |" in card and "| data set |" not in card  # the data set has no name
-        assert "expert utilization" in card
+        assert f"| steps | {step} |" in card and "| dataset |" not in card  # the data set has no name
+        assert "| last router utilization |" in card

@@ -33,12 +33,14 @@ def resolve_encoder(
 ) -> Encoder | None:
     """
     The encoder of a run, fitted: the one that the adapter was trained with, or the user's, or the paper's text
-    encoder. `None` where the column holds vectors.
+    encoder. `None` where the column holds vectors. With `cuma_reset_router` the user's, or vectors, come first.
 
     Raises:
         ValueError: if the adapter was trained with another encoder, or an unfitted one meets a streaming data set.
     """
-    if config.demographic_encoder is not None:
+    vectors = is_vector(_first_known(dataset, args.demographic_column))
+    changes = args.cuma_reset_router and (encoder is not None or vectors)
+    if config.demographic_encoder is not None and not changes:
         if encoder is None:
             return encoder_from_state(config.demographic_encoder)
         expected = config.demographic_encoder["fingerprint"]
@@ -50,7 +52,7 @@ def resolve_encoder(
                 "the adapter keeps its own. To change it, set `cuma_reset_router=True`, which trains the routers anew."
             )
         return encoder
-    if is_vector(_first_known(dataset, args.demographic_column)):
+    if vectors:
         if encoder is not None:
             raise ValueError(
                 f"The {args.demographic_column!r} column holds vectors, which need no encoder. Leave "
@@ -77,6 +79,19 @@ def resolve_encoder(
             show_progress=True,
         )
     return encoder
+
+
+def check_resumed_encoder(checkpoint: str, encoder: Encoder | None) -> None:
+    """Raise `ValueError` if the checkpoint's routers were trained on another encoder's vectors than this run's."""
+    state = CuMAConfig.from_pretrained(checkpoint).demographic_encoder
+    saved, own = (state or {}).get("fingerprint"), None if encoder is None else encoder.fingerprint
+    if saved != own:
+        raise ValueError(
+            f"The checkpoint {checkpoint} was trained with another demographic encoder (fingerprint "
+            f"{(saved or 'none: vectors')[:12]}) than this run's ({(own or 'none: vectors')[:12]}): the data or the "
+            "settings have changed. Resume with those of the checkpoint, or go on from it as a new run with "
+            "`cuma_adapter_path`, which keeps its encoder."
+        )
 
 
 def _first_known(dataset: Dataset | IterableDataset, column: str) -> Any:

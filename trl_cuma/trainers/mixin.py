@@ -2,7 +2,6 @@
 """The one mechanism that all CuMA trainers share: it carries the profile, and adds the router losses."""
 
 import copy
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,13 +9,21 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
 
 from ..adapter import CuMAConfig, reset_router
 from ..adapter.card import write_card
 from .adapters import adapter_config, load_adapter
 from .collation import DemographicCollator
-from .demographics import Encoder, adopt_encoder, build_table, check_demographic_column, resolve_encoder
+from .demographics import (
+    Encoder,
+    adopt_encoder,
+    build_table,
+    check_demographic_column,
+    check_resumed_encoder,
+    resolve_encoder,
+)
 from .record import training_record
 
 
@@ -85,9 +92,8 @@ class CuMATrainerMixin:
         if self._routed:
             self._refuse_what_loses_profiles(args, train_dataset)
             check_demographic_column(train_dataset, args.demographic_column, "training")
-            known = dataclasses.replace(config, demographic_encoder=None) if args.cuma_reset_router else config
             with args.main_process_first(desc="demographic encoder"):
-                encoder = resolve_encoder(known, demographic_encoder, train_dataset, args)
+                encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
             named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
             datasets = {"training": train_dataset, **{k: v for k, v in named.items() if v is not None}}
             self.demographic_table = build_table(config, encoder, datasets, args)
@@ -98,7 +104,7 @@ class CuMATrainerMixin:
             reset_router(model, adapter_name=model.active_adapter)
         self._demographic_column = args.demographic_column
         self._router_metrics: dict[str, list[torch.Tensor]] = {}
-        self._earlier_training = list(config.training or [])
+        self._earlier_training = list(config.training or []) if peft_config is None else []
         self._dataset_name: str | None = None
         super().__init__(
             model,
@@ -189,6 +195,14 @@ class CuMATrainerMixin:
         return 1.0
 
     # ------------------------------------------------------------------ what the adapter says of its training
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and self._routed:
+            last = resume_from_checkpoint is True
+            checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+            if checkpoint is not None:  # else `Trainer` says so
+                check_resumed_encoder(checkpoint, self.demographic_table.encoder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._record_training()
         super().save_model(output_dir, _internal_call)
@@ -213,6 +227,8 @@ class CuMATrainerMixin:
         return self.accelerator.unwrap_model(self.model).active_peft_config
 
     def _record_training(self) -> None:
+        if not self.state.global_step:
+            return
         profiles = len(self.demographic_table.embeds) if self._routed else None
         record = training_record(self, self._dataset_name, profiles)
         self._adapter_config().training = [*self._earlier_training, record]
