@@ -2,9 +2,10 @@
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from trl_cuma import CuMAConfig, FieldEncoder
+from trl_cuma.adapter.card import BEGIN, END, write_card
 
 PEOPLE = [{"country": "Wonderland", "age": "old"}] * 3 + [{"country": "Atlantis", "age": "young"}] * 3
 
@@ -85,3 +86,79 @@ def test_each_adapter_has_its_own_card(make_model, make_config, tmp_path) -> Non
 def test_a_configuration_alone_has_no_card(tmp_path) -> None:
     CuMAConfig().save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_words_in_pefts_template_stay(make_model, tmp_path) -> None:
+    """Somebody has filled in one line of the template, and left the others."""
+    template = str(ModelCard.from_template(ModelCardData()))
+    (tmp_path / "README.md").write_text(template.replace("[More Information Needed]", "Made by Ada.", 1))
+    make_model().save_pretrained(tmp_path)
+    assert "Made by Ada." in text_of(tmp_path) and "# A CuMA adapter" in text_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Before\n{END}\nbetween\n{BEGIN}\nafter",
+        f"Before\n{END}\nafter",
+        f"Before\n{BEGIN}\nafter",
+        f"Before\n{BEGIN}\nold\n{END}\nafter\n{END}",
+        f"Before\n{BEGIN}\nold\n{END}\nafter\n{BEGIN}",
+    ],
+    ids=["swapped", "end-alone", "begin-alone", "two-ends", "two-begins"],
+)
+def test_marks_out_of_place_lose_no_words(make_model, tmp_path, text) -> None:
+    model = make_model()
+    (tmp_path / "README.md").write_text(text)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert all(word in text_of(tmp_path) for word in ("Before", *re.findall("between|after", text)))
+        assert text_of(tmp_path).count("# A CuMA adapter") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ada/models/base", "base"),
+        ("./ada/base", "base"),
+        ("ada/models/base/", "base"),
+        ("~/base", "base"),
+        ("C:\\ada\\base", "base"),
+        ("gpt2", "gpt2"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+    ],
+)
+def test_of_a_path_only_the_last_part_is_told(make_model, tmp_path, name, shown) -> None:
+    training = [{"trainer": "CuMASFTTrainer"}]
+    model = make_model(training=training, demographic_encoder={"type": "text", "model": name})
+    base = model.base_model.model
+    base.name_or_path = base.config._name_or_path = name
+    model.save_pretrained(tmp_path)
+    text, card = text_of(tmp_path), ModelCard.load(tmp_path / "README.md")
+    assert f'from_pretrained("{shown}")' in text and f"| model | {shown} |" in text
+    assert card.data.base_model == (shown if shown == name else None)
+    assert (f"base_model:adapter:{name}" in card.data.tags) == (shown == name)
+    assert shown == name or "ada" not in text.replace("adapter", "")
+
+
+def test_a_cell_stays_in_its_column(make_model, tmp_path) -> None:
+    """A regular expression has the character that ends a cell, a text template may have lines."""
+    template = {"template": "a|b\nc"}
+    make_model(target_modules=r".*\.(q_proj|v_proj)", demographic_encoder=template).save_pretrained(tmp_path)
+    assert r"| target_modules | .*\.(q_proj\|v_proj) |" in text_of(tmp_path)
+    assert r"| template | a\|b c |" in text_of(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{}, {"type": "of the future"}, {"type": "field"}, {"type": "text", "dim": None}])
+def test_an_encoder_that_the_card_does_not_know_is_no_reason_not_to_save(make_model, tmp_path, state) -> None:
+    make_model(demographic_encoder=state).save_pretrained(tmp_path)
+    assert "## Demographic profiles" in text_of(tmp_path)
+    assert "type" not in state or f"| type | {state['type']} |" in text_of(tmp_path)
+    assert CuMAConfig.from_pretrained(tmp_path).demographic_encoder == state
+
+
+def test_several_base_models_in_the_owners_card_are_no_reason_not_to_write(tmp_path) -> None:
+    """The Hub takes a list, too; of the trainers' folder PEFT does not write the card first."""
+    (tmp_path / "README.md").write_text("---\nbase_model:\n- Qwen/Qwen3-8B\n- Qwen/Qwen3-4B\n---\nMine\n")
+    write_card(str(tmp_path), CuMAConfig())
+    assert "Mine" in text_of(tmp_path) and "# A CuMA adapter" in text_of(tmp_path)

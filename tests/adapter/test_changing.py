@@ -1,7 +1,10 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+from collections.abc import Callable
+
 import pytest
 import torch
-from peft import PeftModel
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
 
 from trl_cuma import grow_experts, reset_router
 from trl_cuma.testing import tiny_model
@@ -19,6 +22,11 @@ VARIANTS = {
     "ranks": {"rank_pattern": {"v_proj": 2}, "use_rslora": True},
 }
 variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+CHANGES = {
+    "grow": lambda model: grow_experts(model, 8),
+    "reset": lambda model: reset_router(model, demographic_dim=9),
+}
+changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 
 
 @variants
@@ -147,3 +155,73 @@ def test_a_reset_router_starts_as_a_new_one_does(make_model) -> None:
         (router.rest[1].bias, 512),
     ):
         assert 0.5 * fan_in**-0.5 < weight.abs().max() <= fan_in**-0.5
+
+
+@changes
+def test_the_reference_stays_as_it_was(make_model, make_batch, tmp_path, change: Callable) -> None:
+    """TRL makes its reference from the configuration object of the adapter that it trains."""
+    model, batch = make_model(), make_batch()
+    model.add_adapter("ref", model.peft_config["default"])
+    config = model.peft_config["ref"].to_dict()
+    model.set_adapter("ref")
+    expected = model(**batch).logits
+    change(model)
+    assert model.peft_config["ref"].to_dict() == config
+    assert torch.equal(model(**batch).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("qwen3", vocab_size=50), tmp_path / "ref")
+    assert torch.equal(again(**batch).logits, expected)
+    again.load_adapter(tmp_path, "changed")  # and what was changed fits its own configuration
+
+
+@changes
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_models_made_of_one_configuration_have_one_each(
+    make_config, make_batch, architecture: str, change: Callable
+) -> None:
+    """gpt2's default target modules are others than qwen3's: neither may end up in the configuration they share."""
+    config, batch = make_config(target_modules=None), make_batch()
+    first, second = (
+        get_peft_model(tiny_model(name, vocab_size=50), config).eval() for name in ("qwen3", architecture)
+    )
+    expected, own = second(**batch).logits, second.peft_config["default"].to_dict()
+    change(first)
+    assert second.peft_config["default"].to_dict() == own
+    assert torch.equal(second(**batch).logits, expected)
+    assert (config.num_experts, config.demographic_dim, config.target_modules) == (4, 6, None)
+    grow_experts(second, 12)  # three copies of each of its own four
+    torch.testing.assert_close(second(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@changes
+@pytest.mark.parametrize("part", ["cuma_router", "cuma_experts", "cuma_demographic"])
+def test_what_is_frozen_stays_frozen(make_model, part: str, change: Callable) -> None:
+    model = make_model(demographic_projection=3)
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(False)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    change(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
+
+
+@pytest.mark.parametrize("share_a", [False, True])
+def test_growing_in_bfloat16_is_exact_up_to_its_rounding(make_model, make_batch, share_a: bool) -> None:
+    """
+    bfloat16 rounds to 8 bits: by at most u = 2^-8 of a number. With two copies, A x is computed from equal rows and
+    the gates are halved without an error, so that the experts' sum of terms t = g (B A x) moves by the rounding of the
+    copies of B (u Σ|t|) and by that of the two results that are compared (u |Σt| each, not more than u Σ|t|).
+    """
+    model, batch = make_model(share_a=share_a).bfloat16(), make_batch()
+    experts = model.base_model.model.model.layers[0].self_attn.q_proj.cuma_experts["default"]
+    seen = []
+    experts.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+    model(**batch)
+    grow_experts(model, 8)
+    assert {p.dtype for name, p in model.named_parameters() if "cuma" in name} == {torch.bfloat16}
+    model(**batch)
+    (_, _, before), (x, gates, after) = seen
+    low = F.linear(x, experts.weight_a)
+    low = low.unsqueeze(-2) if share_a else low.unflatten(-1, (8, -1))
+    terms = F.linear((low * gates.unsqueeze(-1)).flatten(-2).double().abs(), experts.weight_b.double().abs())
+    assert ((after.double() - before.double()).abs() <= 3 * 2**-8 * terms).all()

@@ -2,13 +2,17 @@
 """An adapter that doesn't fit is refused, and what was there before is as it was."""
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from trl_cuma import CuMAConfig
 from trl_cuma.testing import tiny_model
@@ -149,3 +153,132 @@ def test_saved_embeddings_are_no_unknown_tensors(make_model, make_batch, tmp_pat
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert any("embed_tokens" in key for key in load_file(tmp_path / WEIGHTS))
     assert torch.equal(PeftModel.from_pretrained(base("llama"), tmp_path)(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 60])
+def test_embeddings_of_another_vocabulary_are_refused(make_model, tmp_path, vocab_size) -> None:
+    make_model("llama").save_pretrained(tmp_path, save_embedding_layers=True)
+    resized = base("llama")
+    resized.resize_token_embeddings(vocab_size)
+    message = rf"another shape \(.*embed_tokens.weight has shape \(50, 64\), here \({vocab_size}, 64\)"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(resized, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head", "no tensor of 'lm_head', which `modules_to_save`"),
+        ({"modules_to_save": ["lm_head", "norm"]}, ".norm.", "no tensor of 'norm', which `modules_to_save`"),
+        ({"trainable_token_indices": [3, 4]}, "tokens", "no trained tokens, which `trainable_token_indices`"),
+    ],
+    ids=["modules_to_save", "one-of-modules_to_save", "trainable_token_indices"],
+)
+def test_a_file_without_what_its_configuration_names_is_refused(
+    make_model, make_batch, tmp_path, fields, lost, message
+) -> None:
+    model, batch = make_model("llama", **fields), make_batch()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base("llama"), tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    edit(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if lost in key])
+    untouched = base("llama")
+    with pytest.raises(ValueError, match=f"{WEIGHTS} has {message} in its adapter_config.json"):
+        PeftModel.from_pretrained(untouched, tmp_path)
+    assert not any("cuma" in name or "modules_to_save" in name for name, _ in untouched.named_modules())
+    with pytest.raises(ValueError, match=message):
+        loaded.load_adapter(tmp_path, "other")
+    assert list(loaded.peft_config) == ["default"]
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_the_configuration_of_a_saved_adapter_makes_a_new_one(make_batch, saved) -> None:
+    """Which stays, and works, when weights that are loaded into it later don't fit."""
+    model, batch = get_peft_model(base(), CuMAConfig.from_pretrained(saved)).eval(), make_batch()
+    expected = model(**batch).logits
+    edit(saved, DAMAGES["missing"][0])
+    with pytest.raises(ValueError, match="1 of its tensors are missing"):
+        model.load_adapter(saved, "default")
+    assert model.active_adapter == "default" and list(model.peft_config) == ["default"]
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_weights_that_do_not_fit_such_a_new_adapter_need_no_other_base(saved) -> None:
+    model = get_peft_model(base(), CuMAConfig.from_pretrained(saved))
+    edit(saved, DAMAGES["missing"][0])
+    with pytest.raises(
+        ValueError, match="1 of its tensors are missing.*If `PeftModel.from_pretrained` was loading it"
+    ):
+        model.load_adapter(saved, "default")
+
+
+# ---------------------------------------------------------------------- adapters on the Hub, without a network
+@pytest.fixture
+def cached(saved, tmp_path) -> Callable[..., dict]:
+    """The adapter `someone/adapter` in the Hub's cache, with these files; returns the arguments that load it."""
+
+    def make(*files: str) -> dict:
+        repository = tmp_path / "cache" / "models--someone--adapter"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        for file in files:
+            shutil.copy(saved / file, repository / "snapshots" / ("0" * 40) / file)
+        return {"model_id": "someone/adapter", "cache_dir": str(tmp_path / "cache")}
+
+    return make
+
+
+def test_an_adapter_from_the_hub_is_checked_like_one_in_a_folder(make_batch, saved, cached) -> None:
+    batch = make_batch()
+    arguments = cached("adapter_config.json", WEIGHTS)
+    expected = PeftModel.from_pretrained(base(), saved)(**batch).logits
+    assert torch.equal(PeftModel.from_pretrained(base(), **arguments)(**batch).logits, expected)
+    with pytest.raises(ValueError, match="for a base model of type 'qwen3', not 'mistral'"):
+        PeftModel.from_pretrained(base("mistral"), **arguments)
+    file = next(Path(arguments["cache_dir"]).rglob(WEIGHTS))
+    file.write_bytes(file.read_bytes()[:-1])
+    untouched = base()
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
+        PeftModel.from_pretrained(untouched, **arguments)
+    assert not any("cuma" in name for name, _ in untouched.named_modules())
+
+
+def test_without_a_network_the_hubs_own_error_is_raised(cached) -> None:
+    """Not that the adapter has no safetensors: nobody knows."""
+    with pytest.raises(LocalEntryNotFoundError):
+        PeftModel.from_pretrained(base(), **cached("adapter_config.json"))
+
+
+def test_a_pickle_on_the_hub_is_not_loaded(cached, monkeypatch) -> None:
+    asked = []
+
+    def download(**arguments) -> str:
+        asked.append(arguments)
+        raise EntryNotFoundError("404")  # as a server that has the repository, but not the file
+
+    monkeypatch.setattr("trl_cuma.adapter.loading.hf_hub_download", download)
+    with pytest.raises(ValueError, match="The adapter at someone/adapter has no .*adapter_model.bin, a pickle"):
+        PeftModel.from_pretrained(base(), **cached("adapter_config.json"))
+    assert (asked[0]["repo_id"], asked[0]["filename"]) == ("someone/adapter", WEIGHTS)
+
+
+def test_a_classifier_comes_back_with_its_head(make_config, make_batch, tmp_path) -> None:
+    """PEFT names `classifier` and `score` in `modules_to_save`, of which a model has one."""
+
+    def classifier(seed: int):
+        torch.manual_seed(seed)
+        config = base().config
+        config.num_labels = 1
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    batch = make_batch()
+    model = get_peft_model(classifier(0), make_config(task_type="SEQ_CLS")).eval()
+    model.save_pretrained(tmp_path)
+    assert any("score" in key for key in load_file(tmp_path / WEIGHTS))
+    other = classifier(0)
+    other.score.weight.data.zero_()
+    assert torch.equal(PeftModel.from_pretrained(other, tmp_path).eval()(**batch).logits, model(**batch).logits)
+    edit(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "score" in key])
+    with pytest.raises(ValueError, match="no tensor of 'score'"):
+        PeftModel.from_pretrained(classifier(0), tmp_path)

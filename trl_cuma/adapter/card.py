@@ -38,7 +38,7 @@ def write_card(folder: str, config: CuMAConfig) -> None:
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path) if os.path.exists(path) else ModelCard("")
     text, block = card.text, f"{BEGIN}\n{describe(config)}\n{END}"
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.rpartition(BEGIN)  # the last: a lone mark of the owner's begins nothing
     _, end, after = rest.partition(END)
     if begin and end:
         text = before + block + after
@@ -48,7 +48,8 @@ def write_card(folder: str, config: CuMAConfig) -> None:
         text = f"{text.rstrip()}\n\n{block}"
     card.text = text.strip() + "\n"
     tags = {*map(str, card.data.get("tags") or []), "cuma", "trl", "mixture-of-experts"}
-    if card.data.base_model != public_name(card.data.base_model):  # PEFT names the folder of this machine
+    name = card.data.base_model
+    if isinstance(name, str) and name != public_name(name):  # PEFT names the folder of this machine
         card.data.base_model = None
         tags = {tag for tag in tags if not tag.startswith("base_model:adapter:")}
     card.data["library_name"] = "peft"

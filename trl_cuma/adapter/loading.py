@@ -47,7 +47,10 @@ def check_saved_adapter(model: nn.Module, config: CuMAConfig) -> None:
             f"{path} is damaged or was not written to its end ({error}). Copy it again, or load an earlier checkpoint."
         ) from error
     others = [key for key in keys if not re.search(r"\.cuma_[a-z]+\.", key)]
+    modules = [name for name, _ in model.named_modules()]
     for name in config.modules_to_save or []:
+        if not any(re.search(rf"(^|\.){re.escape(name)}$", module) for module in modules):
+            continue  # PEFT names both heads that a classifier may have
         if not any(re.search(rf"\.{re.escape(name)}(\.|$)", key) for key in others):
             raise ValueError(
                 f"{path} has no tensor of {name!r}, which `modules_to_save` in its adapter_config.json names. Copy "
@@ -127,7 +130,11 @@ def check_tensors(
             model.delete_adapter(adapter_name)
             advice += f" Adapter {adapter_name!r} was removed again; the others are as they were."
         elif len(model.peft_config) == 1:
-            advice += " Before you try again, reload the base model: it now holds an adapter without its weights."
+            # Which of PEFT's functions made the adapter cannot be told from here.
+            advice += (
+                " If `PeftModel.from_pretrained` was loading it, reload the base model before you try again: it now "
+                "holds an adapter without its weights."
+            )
     raise ValueError(f"The saved CuMA adapter does not fit: {', and '.join(problems)}. {advice}")
 
 

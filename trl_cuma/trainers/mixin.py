@@ -88,6 +88,8 @@ class CuMATrainerMixin:
             )
         if peft_config is not None and config.task_type is None:
             config.task_type = "CAUSAL_LM"  # so that the saved adapter's `generate` takes profiles
+        if peft_config is not None:
+            config.training = None  # that of another adapter, if the configuration was
         self._routed = config.routing != "semantic"
         if self._routed:
             self._refuse_what_loses_profiles(args, train_dataset)
@@ -104,7 +106,7 @@ class CuMATrainerMixin:
             reset_router(model, adapter_name=model.active_adapter)
         self._demographic_column = args.demographic_column
         self._router_metrics: dict[str, list[torch.Tensor]] = {}
-        self._earlier_training = list(config.training or []) if peft_config is None else []
+        self._earlier_training = list(config.training or [])
         self._dataset_name: str | None = None
         super().__init__(
             model,
