@@ -93,7 +93,7 @@ def test_ids_must_have_one_entry_per_token(make_model, make_batch) -> None:
     with pytest.raises(ValueError, match=r"shape \(3, 5\) but .* \(3, 6\)"):
         model(**batch, demographic_ids=torch.zeros(3, 5, dtype=torch.long))
     with pytest.raises(IndexError):
-        model(**batch, demographic_ids=torch.full((3, 6), -1))  # not the last profile, as indexing would take it
+        model(**batch, demographic_ids=torch.full((3, 6), 3))
     del batch["demographic_embeds"]
     with pytest.raises(ValueError, match="`demographic_ids` was passed without `demographic_embeds`"):
         model(**batch, demographic_ids=torch.zeros(3, 6, dtype=torch.long))

@@ -30,8 +30,8 @@ def test_pairs_share_their_profile():
     assert batch["demographic_embeds"].tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
 
 
-def test_joined_rows_are_refused():
-    with pytest.raises(ValueError, match=r"made 1 rows of 2 examples.*`packing=False` and `padding_free=False`"):
+def test_a_collator_that_makes_other_rows_is_refused():
+    with pytest.raises(ValueError, match=r"made 1 rows of 2 examples.*Pass a `data_collator` that makes one row"):
         collator(0.5)(EXAMPLES)
 
 
@@ -42,17 +42,6 @@ def test_missing_column_and_missing_profile():
         collator()([EXAMPLES[0], {"who": None}])
     batch = collator(missing="zero")([EXAMPLES[0], {"who": None}])
     assert batch["demographic_embeds"].tolist() == [[1.0, 2.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("name", ["packing", "eval_packing", "padding_free"])
-def test_sft_refuses_what_joins_rows(name, make_sft):
-    with pytest.raises(NotImplementedError, match=f"`{name}=True` joins documents of several people.*`{name}=False`"):
-        make_sft(**{name: True})
-
-
-def test_dpo_refuses_what_joins_rows(make_dpo):
-    with pytest.raises(NotImplementedError, match="`padding_free=True` joins documents"):
-        make_dpo(padding_free=True)
 
 
 def test_images_are_refused(make_sft, sft_data):

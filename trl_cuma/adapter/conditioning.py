@@ -26,7 +26,8 @@ class Conditioning:
     Args:
         profiles (`dict[str, torch.Tensor]`): adapter name → projected demographic embeddings `(rows, dim)`, or
             `(profiles, dim)` with `ids`; one row stands for all rows where `broadcast` is set.
-        ids (`torch.Tensor`, *optional*): `(rows, seq)`: the profile of each token of packed rows.
+        ids (`torch.Tensor`, *optional*): `(rows, seq)`: the profile of each token of packed rows, negative for
+            padding.
         batch_shape (`tuple[int, int]`, *optional*): `(rows, seq)` of the model's input, where known.
         expand (`bool`): inside `generate`, where beams and returned sequences repeat each row.
         broadcast (`bool`): one zero profile for every row (`missing_demographics="zero"`).
@@ -72,7 +73,7 @@ class Conditioning:
                     f"`demographic_ids` has shape {tuple(self.ids.shape)} but a CuMA layer's input has (rows, seq) = "
                     f"{(batch, seq)}. Pass one id per token."
                 )
-            return F.embedding(self.ids.to(part.device), part)  # unlike indexing, refuses negative ids
+            return F.embedding(self.ids.to(part.device).clamp(min=0), part)  # of padding nothing is read
         if not self.broadcast and part.shape[0] != batch:
             if not (self.expand and batch % part.shape[0] == 0):
                 raise ValueError(

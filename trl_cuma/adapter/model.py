@@ -40,7 +40,7 @@ class CuMAModel(BaseTuner):
         demographic_embeds (`torch.Tensor`): `(batch, demographic_dim)`, one row per sample (in `generate`: per
             prompt); with `demographic_ids`, `(profiles, demographic_dim)`.
         demographic_ids (`torch.Tensor`, *optional*, `forward` only): `(rows, seq)` for packed rows: each token's row
-            of `demographic_embeds`.
+            of `demographic_embeds`; negative for padding.
         output_router_losses (`str`, *optional*, `forward` only): `"local"` or `"ranks"`: puts `aux_loss`, `z_loss`,
             `router_load` and `router_entropy` into the output, as keys. Add the first two, times a coefficient, to
             the loss; their gradients reach the routers under every checkpointing mode.
@@ -176,7 +176,9 @@ class CuMAModel(BaseTuner):
         losses = None
         if scope is not None:
             mask = kwargs.get("attention_mask")
-            if mask is None and batch_shape is not None:
+            if mask is None and ids is not None:
+                mask = ids.ge(0)
+            elif mask is None and batch_shape is not None:
                 mask = tokens.new_ones(batch_shape)
             losses = RouterLosses(
                 mask, None if ids is None else _document_starts(ids, kwargs.get("position_ids")), scope
@@ -346,12 +348,10 @@ def _router_group(config: CuMAConfig, key: str) -> tuple[str, int] | None:
 
 
 def _document_starts(ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """`(rows, seq)`: where packed documents begin; without positions, where the profile changes."""
-    if position_ids is not None:
-        return position_ids.eq(0).expand_as(ids)
+    """`(rows, seq)`: where packed documents begin: where the profile changes, or the positions start anew."""
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return starts
+    return starts if position_ids is None else starts | position_ids.eq(0)
 
 
 if CUMA not in PEFT_TYPE_TO_TUNER_MAPPING:  # registering twice (a reload in a notebook) would raise

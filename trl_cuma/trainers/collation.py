@@ -9,11 +9,15 @@ import torch
 
 from ..demographics import DemographicTable
 
+IDS = "demographic_ids"  # of packed rows: the table's row for each token
+
 
 @dataclass
 class DemographicCollator:
     """
-    A data collator around TRL's own: the batch it makes also holds `demographic_embeds` `(rows, dim)`.
+    A data collator around TRL's own: the batch it makes also holds `demographic_embeds` `(rows, dim)`; where rows hold
+    several documents (packing, padding-free), `(documents, dim)` and `demographic_ids` `(rows, seq)`, each token's
+    document, -1 for padding.
 
     Args:
         collator (`Callable`): the trainer's collator.
@@ -29,21 +33,46 @@ class DemographicCollator:
     column: str
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if IDS in examples[0]:
+            batch = self.collator(examples)
+            return batch | self._by_document([torch.tensor(example[IDS]) for example in examples], batch)
         missing = [row for row, example in enumerate(examples) if self.column not in example]
         if missing:
             raise KeyError(
                 f"Rows {missing} of the batch have no {self.column!r} column, only {sorted(examples[missing[0]])}. "
                 "Add the column to the data set, or name yours with `demographic_column`."
             )
-        embeds = self.table([example[self.column] for example in examples])
+        ids = self.table.lookup([example[self.column] for example in examples])
         batch = self.collator(examples)
+        if _is_joined(batch):
+            lengths = [len(example["input_ids"]) for example in examples]
+            return batch | self._by_document([row.repeat(n) for row, n in zip(ids, lengths, strict=True)], batch)
+        embeds = self.table.embeds[ids]
         rows = batch["input_ids"].shape[0]
         if rows == 2 * len(examples):  # preference collators stack [chosen; rejected]
             embeds = torch.cat([embeds, embeds])
         elif rows != len(examples):
             raise ValueError(
                 f"The collator made {rows} rows of {len(examples)} examples, so a profile no longer belongs to a row. "
-                "Set `packing=False` and `padding_free=False`."
+                "Pass a `data_collator` that makes one row of each example, or two, [chosen; rejected]."
             )
-        batch["demographic_embeds"] = embeds
-        return batch
+        return batch | {"demographic_embeds": embeds}
+
+    def _by_document(self, per_token: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if _is_joined(batch):
+            per_token = [torch.cat(per_token)]
+        ids = torch.full(batch["input_ids"].shape, -1)
+        for row, values in zip(ids, per_token, strict=True):
+            row[: len(values)] = values
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        if "position_ids" in batch:
+            starts |= batch["position_ids"] == 0
+        starts &= ids >= 0
+        document = starts.flatten().cumsum(0).view_as(ids) - 1
+        return {"demographic_embeds": self.table.embeds[ids[starts]], IDS: document.masked_fill(ids < 0, -1)}
+
+
+def _is_joined(batch: dict[str, Any]) -> bool:
+    """Whether the examples were joined to one row, whose documents `position_ids` tell apart."""
+    return "attention_mask" not in batch and "position_ids" in batch

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 
 @dataclass
@@ -80,3 +80,18 @@ class CuMASFTConfig(CuMATrainingArguments, SFTConfig):
 @dataclass
 class CuMADPOConfig(CuMATrainingArguments, DPOConfig):
     """TRL's `DPOConfig` and [`CuMATrainingArguments`]."""
+
+
+@dataclass
+class CuMAKTOConfig(CuMATrainingArguments, KTOConfig):
+    """TRL's `KTOConfig` and [`CuMATrainingArguments`]."""
+
+
+@dataclass
+class CuMARewardConfig(CuMATrainingArguments, RewardConfig):
+    """TRL's `RewardConfig` and [`CuMATrainingArguments`]."""
+
+
+@dataclass
+class CuMAGRPOConfig(CuMATrainingArguments, GRPOConfig):
+    """TRL's `GRPOConfig` and [`CuMATrainingArguments`]."""

@@ -47,6 +47,8 @@ class CuMATrainerMixin:
     """
 
     config_class: type
+    task_type = "CAUSAL_LM"  # of a new adapter
+    collates_profiles = True  # False for a trainer that looks the rows' profiles up itself
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class CuMATrainerMixin:
                 "out, or name the trained adapter with `cuma_adapter_path`."
             )
         if peft_config is not None and config.task_type is None:
-            config.task_type = "CAUSAL_LM"  # so that the saved adapter's `generate` takes profiles
+            config.task_type = self.task_type  # so that the saved adapter's `generate` takes profiles
         if peft_config is not None:
             config.training = None  # that of another adapter, if the configuration was
         self._routed = config.routing != "semantic"
@@ -129,12 +131,6 @@ class CuMATrainerMixin:
             )
 
     def _refuse_what_loses_profiles(self, args: Any, train_dataset: Dataset | IterableDataset) -> None:
-        for name in ("packing", "eval_packing", "padding_free"):
-            if getattr(args, name, False):
-                raise NotImplementedError(
-                    f"`{name}=True` joins documents of several people into one row, which the CuMA trainers don't "
-                    f"route yet. Set `{name}=False`."
-                )
         images = sorted({"image", "images"} & set(get_dataset_column_names(train_dataset)))
         if images:
             raise NotImplementedError(
@@ -155,7 +151,7 @@ class CuMATrainerMixin:
     @data_collator.setter
     def data_collator(self, collator: Callable) -> None:
         # Set by Trainer.__init__, before TRL precomputes reference log-probabilities with it.
-        if self._routed and not isinstance(collator, DemographicCollator):
+        if self._routed and self.collates_profiles and not isinstance(collator, DemographicCollator):
             collator = DemographicCollator(collator, self.demographic_table, self._demographic_column)
         self._data_collator = collator
 
