@@ -20,17 +20,45 @@ from .demographics import (
 )
 
 if TYPE_CHECKING:
-    from .trainers import CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer
+    from .trainers import (
+        CuMADPOConfig,
+        CuMADPOTrainer,
+        CuMAGRPOConfig,
+        CuMAGRPOTrainer,
+        CuMAKTOConfig,
+        CuMAKTOTrainer,
+        CuMARewardConfig,
+        CuMARewardTrainer,
+        CuMASFTConfig,
+        CuMASFTTrainer,
+    )
 
 __version__ = "0.1.0.dev0"
 
-_TRAINERS = ("CuMADPOConfig", "CuMADPOTrainer", "CuMASFTConfig", "CuMASFTTrainer")
+_TRAINERS = (
+    "CuMADPOConfig",
+    "CuMADPOTrainer",
+    "CuMAGRPOConfig",
+    "CuMAGRPOTrainer",
+    "CuMAKTOConfig",
+    "CuMAKTOTrainer",
+    "CuMARewardConfig",
+    "CuMARewardTrainer",
+    "CuMASFTConfig",
+    "CuMASFTTrainer",
+)
 
 __all__ = [
     "CuMAConfig",
     "CuMADPOConfig",
     "CuMADPOTrainer",
+    "CuMAGRPOConfig",
+    "CuMAGRPOTrainer",
+    "CuMAKTOConfig",
+    "CuMAKTOTrainer",
     "CuMAModel",
+    "CuMARewardConfig",
+    "CuMARewardTrainer",
     "CuMASFTConfig",
     "CuMASFTTrainer",
     "DemographicProfile",

@@ -14,13 +14,17 @@ from trl_cuma import (
     CuMAConfig,
     CuMADPOConfig,
     CuMADPOTrainer,
+    CuMAGRPOConfig,
+    CuMAGRPOTrainer,
+    CuMAKTOConfig,
+    CuMAKTOTrainer,
     CuMASFTConfig,
     CuMASFTTrainer,
     DemographicProfile,
     FieldEncoder,
     TextEncoder,
 )
-from trl_cuma.testing import chat_tokenizer, minilm_path, tiny_model
+from trl_cuma.testing import chat_tokenizer, minilm_path, tiny_model, word_tokenizer
 
 # Four people; each value is shared by half of the rows.
 PEOPLE = [{"age": age, "country": country} for age in ("old", "young") for country in ("FR", "JP")]
@@ -105,6 +109,24 @@ def dpo_data() -> Callable[..., Dataset]:
 
 
 @pytest.fixture
+def kto_data() -> Callable[..., Dataset]:
+    """Unpaired: each row's answer is liked or not."""
+
+    def make(count: int = 8, form: str = "dict", **columns: list[Any]) -> Dataset:
+        return Dataset.from_dict(
+            {
+                "prompt": [[{"role": "user", "content": f"Question {row}?"}] for row in range(count)],
+                "completion": [[{"role": "assistant", "content": answer(row)}] for row in range(count)],
+                "label": [row % 4 < 2 for row in range(count)],
+                "demographic": profile_column(count, form),
+                **columns,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
 def arguments(tmp_path: Path) -> dict[str, Any]:
     """What keeps a run on this machine: everything else is TRL's default."""
     return {
@@ -141,6 +163,77 @@ def make_sft(make_base: Callable, make_adapter: Callable, quick: dict, tokenizer
 def make_dpo(make_base: Callable, make_adapter: Callable, quick: dict, tokenizer: Any, dpo_data: Callable) -> Callable:
     """A `CuMADPOTrainer`, as `make_sft`."""
     return _maker(CuMADPOTrainer, CuMADPOConfig, make_base, make_adapter, quick, tokenizer, dpo_data)
+
+
+@pytest.fixture
+def make_kto(make_base: Callable, make_adapter: Callable, quick: dict, tokenizer: Any, kto_data: Callable) -> Callable:
+    """A `CuMAKTOTrainer`, as `make_sft`."""
+    return _maker(CuMAKTOTrainer, CuMAKTOConfig, make_base, make_adapter, quick, tokenizer, kto_data)
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerBase:
+    """One token per word, for GRPO: what a random model says is then words too. `p0` to `p7` name people."""
+    return word_tokenizer(["p0 p1 p2 p3 p4 p5 p6 p7 x yes no"])
+
+
+@pytest.fixture
+def grpo_data() -> Callable[..., Dataset]:
+    """Prompts of 2 to 4 words that name the person ("x x p4"), whose profile is a vector with the same number."""
+
+    def make(count: int = 8, **columns: list[Any]) -> Dataset:
+        prompts = ["x " * (1 + person % 3) + f"p{person}" for person in range(count)]
+        vectors = [[float(person), 1.0] for person in range(count)]
+        return Dataset.from_dict({"prompt": prompts, "demographic": vectors} | columns)
+
+    return make
+
+
+@pytest.fixture
+def make_grpo(quick: dict, words: PreTrainedTokenizerBase, make_adapter: Callable, grpo_data: Callable) -> Callable:
+    """
+    A `CuMAGRPOTrainer`, as `make_sft`, whose model speaks words. The adapter's residual is far from zero, unless
+    `adapter={"init_weights": True}`. `trainer_class` and `config_class` can be TRL's.
+    """
+    of_trainer = {"eval_dataset", "callbacks", "reward_funcs", "reward_processing_classes", "demographic_encoder"}
+    of_trainer |= {"tools", "rollout_func", "environment_factory"}
+    defaults = {"max_completion_length": 4, "num_generations": 2}
+
+    def differs_between_completions(completions: list[str], **kwargs: Any) -> list[float]:
+        return [text.count("no") + 0.1 * len(text) for text in completions]
+
+    def make(
+        train: Any = None,
+        *,
+        model: Any = None,
+        adapter: dict[str, Any] | None = None,
+        peft_config: Any = "new",
+        processing_class: Any = words,
+        trainer_class: type = CuMAGRPOTrainer,
+        config_class: type = CuMAGRPOConfig,
+        **fields: Any,
+    ) -> Any:
+        if model is None:
+            # Large weights, of which the words' probabilities can be far from even.
+            sizes = {"hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.1}
+            model = tiny_model("qwen3", vocab_size=len(processing_class), **sizes)
+        if peft_config == "new":
+            strong = {"init_weights": False, "lora_alpha": 32}
+            peft_config = None if "cuma_adapter_path" in fields else make_adapter(**(strong | (adapter or {})))
+        kwargs = {name: fields.pop(name) for name in of_trainer & fields.keys()}
+        arguments = quick | defaults | fields
+        if config_class is not CuMAGRPOConfig:
+            arguments.pop("demographic_cache_dir")
+        return trainer_class(
+            model,
+            args=config_class(**arguments),
+            train_dataset=grpo_data() if train is None else train,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **({"reward_funcs": differs_between_completions} | kwargs),
+        )
+
+    return make
 
 
 def _maker(

@@ -77,8 +77,7 @@ def router_statistics(
     Args:
         logits (`torch.Tensor`): `(batch, seq, experts)`; 1 in place of `batch` or `seq` where all rows, or all tokens
             of a row, have the same logits.
-        gate (`str`), top_k (`int`): as in `CuMAConfig`. For `"soft"` the load is the probability itself: with 1/E
-            the loss would be constant.
+        gate (`str`), top_k (`int`): as in `CuMAConfig`.
         weights (`torch.Tensor`, *optional*): `(batch, seq)`, sums to 1; uniform by default.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -97,12 +96,19 @@ def router_statistics(
     log_normaliser = logits.logsumexp(-1, keepdim=True)
     probabilities = (logits - log_normaliser).exp()
     with torch.no_grad():
-        assigned = probabilities if gate == "soft" else top_k_assignments(logits, top_k).to(logits.dtype) / top_k
-        load = (assigned * weights).sum((0, 1))
+        load = (expert_shares(logits, gate, top_k) * weights).sum((0, 1))
         entropy = -(probabilities * (logits - log_normaliser) * weights).sum()
     return RouterStatistics(
         load, (probabilities * weights).sum((0, 1)), (log_normaliser.square() * weights).sum(), entropy
     )
+
+
+def expert_shares(logits: torch.Tensor, gate: str, top_k: int) -> torch.Tensor:
+    """
+    What each expert gets of a token, `(..., experts)`, sums to 1: 1/k for the k chosen ones. For `"soft"`, which
+    chooses all, the probability itself: with 1/E the balance loss would be constant.
+    """
+    return logits.softmax(-1) if gate == "soft" else top_k_assignments(logits, top_k).to(logits.dtype) / top_k
 
 
 class RouterLosses:

@@ -26,6 +26,7 @@ from .layer import CuMALayer, CuMALinear, raise_not_mergeable
 from .loading import base_model_type, check_saved_adapter, check_tensors
 from .losses import RouterLosses
 from .peft_type import CUMA
+from .routing import RoutingByProfile
 from .targets import DEFAULT_TARGET_MODULES, check_target_modules, instead, is_linear
 
 
@@ -44,6 +45,9 @@ class CuMAModel(BaseTuner):
         output_router_losses (`str`, *optional*, `forward` only): `"local"` or `"ranks"`: puts `aux_loss`, `z_loss`,
             `router_load` and `router_entropy` into the output, as keys. Add the first two, times a coefficient, to
             the loss; their gradients reach the routers under every checkpointing mode.
+        output_routing_by_profile (`bool`, *optional*, `forward` only): puts into the output, instead, `router_load`
+            `(profiles, routers, experts)` and `router_entropy` `(profiles, routers)`: means over the tokens of each
+            row of `demographic_embeds`. For evaluation: they have no gradient.
 
     Raises:
         ValueError: if a profile is missing (unless `missing_demographics="zero"`) or the wrong number of rows, or a
@@ -159,6 +163,7 @@ class CuMAModel(BaseTuner):
         embeds = kwargs.pop("demographic_embeds", None)
         ids = kwargs.pop("demographic_ids", None)
         scope = kwargs.pop("output_router_losses", None)
+        by_profile = kwargs.pop("output_routing_by_profile", False)
         inherited = self._conditioning.current
         if inherited is not None and not inherited.expand:
             # Forwards don't nest: it was left by one that a KeyboardInterrupt ended, which skips `_end_forward`.
@@ -173,16 +178,17 @@ class CuMAModel(BaseTuner):
             )
         tokens = _first_tensor(*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch_shape = tuple(tokens.shape[:2]) if tokens is not None and tokens.dim() >= 2 else None
+        mask = kwargs.get("attention_mask")
+        if mask is None and ids is not None:
+            mask = ids.ge(0)
+        elif mask is None and batch_shape is not None:
+            mask = tokens.new_ones(batch_shape)
         losses = None
         if scope is not None:
-            mask = kwargs.get("attention_mask")
-            if mask is None and ids is not None:
-                mask = ids.ge(0)
-            elif mask is None and batch_shape is not None:
-                mask = tokens.new_ones(batch_shape)
-            losses = RouterLosses(
-                mask, None if ids is None else _document_starts(ids, kwargs.get("position_ids")), scope
-            )
+            starts = None if ids is None else _document_starts(ids, kwargs.get("position_ids"))
+            losses = RouterLosses(mask, starts, scope)
+        elif by_profile:
+            losses = RoutingByProfile(mask, ids)
         conditioning = self._condition(embeds, ids=ids, batch_shape=batch_shape, losses=losses)
         self._conditioning.pop()
         self._conditioning.push(conditioning)

@@ -1,11 +1,12 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """Which adapter a run trains: a new one, or a trained one to continue."""
 
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ..adapter import CuMAConfig
 
@@ -28,12 +29,12 @@ def adapter_config(model: Any, peft_config: PeftConfig | None) -> CuMAConfig:
     return config
 
 
-def load_adapter(model: Any, args: Any, trainer_kwargs: dict[str, Any]) -> PeftModel:
+def load_adapter(model: Any, args: Any, trainer_kwargs: dict[str, Any], load_base: Callable[..., Any]) -> PeftModel:
     """
     The base model with the trained adapter of `args.cuma_adapter_path`, trainable, as `default`.
 
-    Where `model` is a name, the base is loaded here as TRL would have: `quantization_config` is taken out of
-    `trainer_kwargs`, and a missing `processing_class` put in, since both belong to loading.
+    Where `model` is a name, the base is loaded here as TRL would have, by `load_base`: `quantization_config` is taken
+    out of `trainer_kwargs`, and a missing `processing_class` put in, since both belong to loading.
 
     Raises:
         ValueError: if the model has an adapter already.
@@ -54,7 +55,7 @@ def load_adapter(model: Any, args: Any, trainer_kwargs: dict[str, Any]) -> PeftM
         if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
             init_kwargs["device_map"] = None  # as TRL does: "auto" fails there
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        model = create_model_from_path(model, **init_kwargs)
+        model = load_base(model, **init_kwargs)
         if trainer_kwargs.get("processing_class") is None:
             trainer_kwargs["processing_class"] = AutoProcessor.from_pretrained(
                 get_config_model_id(model.config),

@@ -21,6 +21,9 @@ class CuMATrainingArguments:
             loaded as the trainable adapter `default`.
         cuma_reset_router (`bool`): of a trained adapter keep the experts, and start the routers anew: the way to
             another demographic encoder.
+        cuma_group_by (`list[str]`, *optional*): fields of the profile, such as `["country"]`, by whose values the
+            routing statistics of an evaluation are reported.
+        cuma_min_group_size (`int`): a group with fewer people in the evaluation set is not reported.
         demographic_column (`str`): the data set's column with each row's profile: text, a mapping from field to value,
             or a vector.
         demographic_person_column (`str`): a column that tells people apart, where the data set has it: a field
@@ -38,6 +41,12 @@ class CuMATrainingArguments:
     cuma_reset_router: bool = field(
         default=False, metadata={"help": "Start a trained adapter's routers anew, e.g. for another encoder."}
     )
+    cuma_group_by: list[str] | None = field(
+        default=None, metadata={"help": "Profile fields by whose values evaluations report routing statistics."}
+    )
+    cuma_min_group_size: int = field(
+        default=30, metadata={"help": "A group with fewer people in the evaluation set is not reported."}
+    )
     demographic_column: str = field(
         default="demographic", metadata={"help": "The data set's column with each row's profile."}
     )
@@ -53,6 +62,10 @@ class CuMATrainingArguments:
         for name in ("cuma_aux_loss_coef", "cuma_z_loss_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        if self.cuma_min_group_size < 1:
+            raise ValueError(f"`cuma_min_group_size` must be 1 or more, got {self.cuma_min_group_size}.")
+        if isinstance(self.cuma_group_by, str):
+            raise ValueError(f"`cuma_group_by` must be a list of fields, got {self.cuma_group_by!r}.")
         if self.cuma_aux_loss_scope not in ("local", "ranks"):
             raise ValueError(f"`cuma_aux_loss_scope` must be 'local' or 'ranks', got {self.cuma_aux_loss_scope!r}.")
 

@@ -5,10 +5,10 @@ from trl import DPOTrainer
 
 from .config import CuMADPOConfig
 from .mixin import CuMATrainerMixin
-from .reference import PrecomputedReferenceMixin
+from .reference import ReferenceMixin
 
 
-class CuMADPOTrainer(CuMATrainerMixin, PrecomputedReferenceMixin, DPOTrainer):
+class CuMADPOTrainer(CuMATrainerMixin, ReferenceMixin, DPOTrainer):
     """
     TRL's `DPOTrainer`; the only change is that each pair is routed by its demographic column, see
     [`CuMATrainerMixin`]. The reference is TRL's own choice: the base model for a new adapter, a frozen copy for one

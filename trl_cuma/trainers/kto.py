@@ -8,10 +8,10 @@ from trl import KTOTrainer
 
 from .config import CuMAKTOConfig
 from .mixin import CuMATrainerMixin
-from .reference import PrecomputedReferenceMixin
+from .reference import ReferenceMixin
 
 
-class CuMAKTOTrainer(CuMATrainerMixin, PrecomputedReferenceMixin, KTOTrainer):
+class CuMAKTOTrainer(CuMATrainerMixin, ReferenceMixin, KTOTrainer):
     """
     TRL's `KTOTrainer`; the only change is that each row is routed by its demographic column, see
     [`CuMATrainerMixin`]. The reference is chosen as in DPO. The mismatched completions of the KL term are those of

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import create_model_from_path
 
 from ..adapter import CuMAConfig, reset_router
 from ..adapter.card import write_card
@@ -25,6 +26,7 @@ from .demographics import (
     resolve_encoder,
 )
 from .record import training_record
+from .routing import GroupRouting, load_metrics
 
 
 class CuMATrainerMixin:
@@ -40,14 +42,14 @@ class CuMATrainerMixin:
             the training data if it is not yet. By default the encoder that the adapter was trained with; for a new
             adapter the paper's text encoder. A column of vectors needs none.
 
-    Logged: `aux_loss` (1 is an even load), `z_loss` where weighted, `router/utilization` (exp of the load's entropy
-    over the number of experts, mean over routers: 1 is even), `router/entropy` (mean entropy of the router's
-    probabilities, nats) and `router/dead_experts` (experts, over all routers, with less than 1 % of an even load since
-    the last log).
+    Logged: `aux_loss` (1 is an even load), `z_loss` where weighted, and since the last log `router/utilization`,
+    `router/entropy` and `router/dead_experts` ([`load_metrics`]); at evaluation, with `cuma_group_by`, the same by
+    group ([`GroupRouting`]).
     """
 
     config_class: type
-    task_type = "CAUSAL_LM"  # of a new adapter
+    task_type = "CAUSAL_LM"  # of a new adapter: with it, the saved adapter's `generate` takes profiles
+    load_base = staticmethod(create_model_from_path)
     collates_profiles = True  # False for a trainer that looks the rows' profiles up itself
 
     def __init__(
@@ -69,29 +71,30 @@ class CuMATrainerMixin:
                 f"`train_dataset` must be a Dataset or an IterableDataset, got {type(train_dataset).__name__}. Of "
                 "several splits, pass one, e.g. `dataset['train']`."
             )
+        if args.cuma_adapter_path is not None and peft_config is not None:
+            raise ValueError(
+                "`peft_config` and `cuma_adapter_path` were both passed: the first makes a new adapter, the second "
+                "continues a trained one. Leave one out."
+            )
+        # A copy: what this run writes into it (size, encoder) must not reach the caller's next run.
+        peft_config = copy.deepcopy(peft_config)
+        if isinstance(peft_config, CuMAConfig):
+            peft_config.task_type = peft_config.task_type or self.task_type
+            peft_config.training = None  # that of another adapter, if the configuration was
+        saved = None if args.cuma_adapter_path is None else PeftConfig.from_pretrained(args.cuma_adapter_path)
+        self._check_before_loading(adapter_config(model, peft_config or saved), args, kwargs)
         if args.cuma_adapter_path is not None:
-            if peft_config is not None:
-                raise ValueError(
-                    "`peft_config` and `cuma_adapter_path` were both passed: the first makes a new adapter, the "
-                    "second continues a trained one. Leave one out."
-                )
-            loaded = load_adapter(model, args, kwargs)
+            loaded = load_adapter(model, args, kwargs, self.load_base)
             if isinstance(model, str) and args.model_init_kwargs is not None:
                 args = copy.copy(args)
                 args.model_init_kwargs = None  # used; TRL would warn that they were not
             model = loaded
-        # A copy: what this run writes into it (size, encoder) must not reach the caller's next run.
-        peft_config = copy.deepcopy(peft_config)
         config = adapter_config(model, peft_config)
         if args.cuma_reset_router and peft_config is not None:
             raise ValueError(
                 "`cuma_reset_router=True` with a new adapter (`peft_config`), whose routers are new anyway. Leave it "
                 "out, or name the trained adapter with `cuma_adapter_path`."
             )
-        if peft_config is not None and config.task_type is None:
-            config.task_type = self.task_type  # so that the saved adapter's `generate` takes profiles
-        if peft_config is not None:
-            config.training = None  # that of another adapter, if the configuration was
         self._routed = config.routing != "semantic"
         if self._routed:
             self._refuse_what_loses_profiles(args, train_dataset)
@@ -104,10 +107,18 @@ class CuMATrainerMixin:
             if args.cuma_reset_router:
                 reset_router(model, adapter_name=model.active_adapter, demographic_dim=self.demographic_table.dim)
             adopt_encoder(config, encoder, self.demographic_table.dim, injected=peft_config is None)
+        elif args.cuma_group_by:
+            raise ValueError(
+                "`cuma_group_by` with `routing='semantic'`, whose rows bring no profile to the router. Leave it out."
+            )
         elif args.cuma_reset_router:
             reset_router(model, adapter_name=model.active_adapter)
         self._demographic_column = args.demographic_column
         self._router_metrics: dict[str, list[torch.Tensor]] = {}
+        self._group_routing: GroupRouting | None = None  # of the evaluation that is running
+        self._eval_group_routing: dict[str, GroupRouting] = {}
+        if args.cuma_group_by and eval_dataset is not None:
+            self._eval_group_routing = {name: self._make_group_routing(value, args) for name, value in named.items()}
         self._earlier_training = list(config.training or [])
         self._dataset_name: str | None = None
         super().__init__(
@@ -129,6 +140,9 @@ class CuMATrainerMixin:
                 "The base model is itself a mixture of experts whose router loss TRL adds under the same name. Set "
                 "`router_aux_loss_coef=0`: the base's routers are frozen."
             )
+
+    def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
 
     def _refuse_what_loses_profiles(self, args: Any, train_dataset: Dataset | IterableDataset) -> None:
         images = sorted({"image", "images"} & set(get_dataset_column_names(train_dataset)))
@@ -168,7 +182,8 @@ class CuMATrainerMixin:
     # ------------------------------------------------------------------ the router losses
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not (self.model.training and torch.is_grad_enabled()):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            observed = model if self._group_routing is None else self._observed(model)
+            return super().compute_loss(observed, inputs, *args, **kwargs)
         router: dict[str, torch.Tensor] = {}
 
         def forward(*model_args: Any, **model_kwargs: Any) -> Any:
@@ -188,9 +203,52 @@ class CuMATrainerMixin:
             self._router_metrics.setdefault(key, []).append(value.detach())  # stays on the device until `log`
         return (loss, *rest) if rest else loss
 
+    def _observed(self, model: Any) -> Callable:
+        """The model, of whose forwards the routing statistics are taken in."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, output_routing_by_profile=True, **kwargs)
+            self._group_routing.add(kwargs["demographic_embeds"], outputs["router_load"], outputs["router_entropy"])
+            return outputs
+
+        return forward
+
     def _router_loss_scale(self, num_items_in_batch: Any) -> float:
         """Router losses are means over micro-batches; 1 where `Trainer` divides the loss by their number itself."""
         return 1.0
+
+    # ------------------------------------------------------------------ routing statistics by group
+    def _make_group_routing(self, dataset: Any, args: Any) -> GroupRouting:
+        return GroupRouting(
+            dataset,
+            self.demographic_table,
+            args.demographic_column,
+            args.demographic_person_column,
+            args.cuma_group_by,
+            args.cuma_min_group_size,
+        )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if not self.args.cuma_group_by:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(eval_dataset, Mapping):  # as `Trainer` does, but before TRL prepares them
+            metrics: dict[str, float] = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self._group_routing = self._eval_group_routing.get(eval_dataset or "evaluation")
+        else:
+            check_demographic_column(eval_dataset, self._demographic_column, "passed")
+            self._group_routing = self._make_group_routing(eval_dataset, self.args)
+        if self._group_routing is not None:
+            self._group_routing.start(metric_key_prefix)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._group_routing = None
 
     # ------------------------------------------------------------------ what the adapter says of its training
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -235,13 +293,12 @@ class CuMATrainerMixin:
         if self.model.training and self._router_metrics:
             values = {name: torch.stack(seen).mean(0, keepdim=True) for name, seen in self._router_metrics.items()}
             means = {name: self.accelerator.gather(value).mean(0) for name, value in values.items()}
-            load = means["router_load"]
-            experts = load.shape[-1]
             logs["aux_loss"] = means["aux_loss"].item()
             if self.args.cuma_z_loss_coef:
                 logs["z_loss"] = means["z_loss"].item()
-            logs["router/utilization"] = (torch.special.entr(load).sum(-1).exp().mean() / experts).item()
-            logs["router/entropy"] = means["router_entropy"].item()
-            logs["router/dead_experts"] = (load < 0.01 / experts).sum().item()
+            metrics = load_metrics(means["router_load"], means["router_entropy"])
+            logs |= {f"router/{name}": value for name, value in metrics.items()}
             self._router_metrics.clear()
+        elif self._group_routing is not None:
+            logs |= self._group_routing.metrics(self.accelerator)
         super().log(logs, *args, **kwargs)
