@@ -239,7 +239,7 @@ def test_a_named_base_is_quantized_when_it_is_loaded(make_dpo, make_base, sft_ad
         loaded.update(kwargs, path=path)
         return make_base()
 
-    monkeypatch.setattr("trl_cuma.trainers.adapters.create_model_from_path", create)
+    monkeypatch.setattr(CuMADPOTrainer, "load_base", staticmethod(create))
     wanted = object()
     make_dpo(model="base", cuma_adapter_path=sft_adapter, quantization_config=wanted)
     assert loaded["path"] == "base" and loaded["quantization_config"] is wanted

@@ -29,9 +29,11 @@ def adapter_config(model: Any, peft_config: PeftConfig | None) -> CuMAConfig:
     return config
 
 
-def load_adapter(model: Any, args: Any, trainer_kwargs: dict[str, Any], load_base: Callable[..., Any]) -> PeftModel:
+def load_adapter(
+    model: Any, config: CuMAConfig, args: Any, trainer_kwargs: dict[str, Any], load_base: Callable[..., Any]
+) -> PeftModel:
     """
-    The base model with the trained adapter of `args.cuma_adapter_path`, trainable, as `default`.
+    The base model with the trained adapter of `args.cuma_adapter_path`, trainable, as `default`; `config` is its own.
 
     Where `model` is a name, the base is loaded here as TRL would have, by `load_base`: `quantization_config` is taken
     out of `trainer_kwargs`, and a missing `processing_class` put in, since both belong to loading.
@@ -62,4 +64,4 @@ def load_adapter(model: Any, args: Any, trainer_kwargs: dict[str, Any], load_bas
                 revision=init_kwargs.get("revision"),
                 trust_remote_code=args.trust_remote_code,
             )
-    return PeftModel.from_pretrained(model, args.cuma_adapter_path, is_trainable=True)
+    return PeftModel.from_pretrained(model, args.cuma_adapter_path, config=config, is_trainable=True)

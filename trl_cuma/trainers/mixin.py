@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import create_model_from_path
@@ -78,16 +78,22 @@ class CuMATrainerMixin:
             )
         # A copy: what this run writes into it (size, encoder) must not reach the caller's next run.
         peft_config = copy.deepcopy(peft_config)
-        if isinstance(peft_config, CuMAConfig):
-            peft_config.task_type = peft_config.task_type or self.task_type
-            peft_config.training = None  # that of another adapter, if the configuration was
-        saved = None if args.cuma_adapter_path is None else PeftConfig.from_pretrained(args.cuma_adapter_path)
-        self._check_before_loading(adapter_config(model, peft_config or saved), args, kwargs)
-        if args.cuma_adapter_path is not None:
-            loaded = load_adapter(model, args, kwargs, self.load_base)
-            if isinstance(model, str) and args.model_init_kwargs is not None:
+        saved = None if args.cuma_adapter_path is None else CuMAConfig.from_pretrained(args.cuma_adapter_path)
+        config = adapter_config(model, peft_config or saved)
+        if peft_config is not None:
+            config.training = None  # that of another adapter, if the configuration was
+        if config.task_type is None and not isinstance(model, PeftModel):  # else PEFT has read it
+            config.task_type = self.task_type
+        self._routed = config.routing != "semantic"
+        self._check_before_loading(config, args, kwargs)
+        if self._routed:
+            self._refuse_what_loses_profiles(args, train_dataset)
+            check_demographic_column(train_dataset, args.demographic_column, "training")
+        if saved is not None:
+            loaded = load_adapter(model, saved, args, kwargs, self.load_base)
+            if isinstance(model, str) and args.model_init_kwargs is not None and "reward_funcs" not in kwargs:
                 args = copy.copy(args)
-                args.model_init_kwargs = None  # used; TRL would warn that they were not
+                args.model_init_kwargs = None  # used; TRL would warn that they were not. Reward models need them, too.
             model = loaded
         config = adapter_config(model, peft_config)
         if args.cuma_reset_router and peft_config is not None:
@@ -95,10 +101,7 @@ class CuMATrainerMixin:
                 "`cuma_reset_router=True` with a new adapter (`peft_config`), whose routers are new anyway. Leave it "
                 "out, or name the trained adapter with `cuma_adapter_path`."
             )
-        self._routed = config.routing != "semantic"
         if self._routed:
-            self._refuse_what_loses_profiles(args, train_dataset)
-            check_demographic_column(train_dataset, args.demographic_column, "training")
             with args.main_process_first(desc="demographic encoder"):
                 encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
             named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
