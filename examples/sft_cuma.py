@@ -12,7 +12,6 @@ Arguments override the recipe's; an unknown one is an error:
     accelerate launch examples/sft_cuma.py --config recipes/quickstart/sft.yaml --learning_rate 1e-3
 
 Your own data needs TRL's columns and one more, `demographic`: text, a mapping from field to value, or a vector.
-
 """
 
 from trl_cuma import CuMASFTConfig, CuMASFTTrainer

@@ -6,12 +6,18 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from trl_cuma import CuMADPOConfig, CuMASFTConfig
+from trl_cuma import CuMADPOConfig, CuMAGRPOConfig, CuMAKTOConfig, CuMARewardConfig, CuMASFTConfig
 from trl_cuma.scripts import parse_strictly
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate_configs" not in path.parts)
-METHODS = {"sft": CuMASFTConfig, "dpo": CuMADPOConfig}
+METHODS = {
+    "sft": CuMASFTConfig,
+    "dpo": CuMADPOConfig,
+    "kto": CuMAKTOConfig,
+    "reward": CuMARewardConfig,
+    "grpo": CuMAGRPOConfig,
+}
 
 
 def method_of(path: Path) -> str:

@@ -1,151 +1,32 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 import json
 import math
+import re
+import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from safetensors.torch import load_file
 from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_cuma import CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer, FieldEncoder, TextEncoder
-from trl_cuma.scripts import CuMAModelConfig, load_data, parse_strictly, resume_point, run
+import trl_cuma
+from trl_cuma import CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer
+from trl_cuma.arguments import METHODS
+from trl_cuma.scripts import REWARD_FUNCS, load_data, load_reward_funcs, main, resume_point, run, split_of
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """Write a recipe; returns its path."""
-
-    def write(**fields):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "use_cpu": True} | fields))
-        return str(path)
-
-    return write
-
-
-def parse(*args: str):
-    return parse_strictly(CuMASFTConfig, list(args))
-
-
-# ---------------------------------------------------------------------- parsing
-@pytest.mark.parametrize(
-    "key, nearest",
-    [
-        ("learning_rat", "learning_rate"),
-        ("lora_alfa", "lora_alpha"),
-        ("cuma_num_expert", "cuma_num_experts"),
-        ("torch_dtype", "dtype"),  # its former name in transformers
-        ("max_seq_length", "max_length"),  # and in TRL
-        ("dataset_mixture", "datasets"),
-        ("warmup_ratio", "warmup_steps"),
-        ("num_experts", "cuma_num_experts"),  # CuMAConfig's name
-        ("num_train", "num_train_epochs"),  # argparse would take it for an abbreviation
-    ],
-)
-def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest, recipe):
-    message = rf"Unknown arguments: '{key}' \(did you mean '{nearest}'\?\)"
-    with pytest.raises(ValueError, match=message):
-        parse("--config", recipe(**{key: 1}))
-    for args in ([f"--{key}", "1"], [f"--{key}=1"]):
-        with pytest.raises(ValueError, match=message):
-            parse("--config", recipe(), *args)
-
-
-def test_all_unknown_keys_are_named(recipe):
-    with pytest.raises(ValueError, match=r"'qqqqq', 'lora_alfa' \(did you mean 'lora_alpha'\?\)"):
-        parse("--config", recipe(qqqqq=[1, 2]), "--lora_alfa", "3")
-
-
-def test_both_spellings_of_config_and_the_command_line_wins(recipe):
-    path = recipe(learning_rate=0.5, lora_r=4)
-    for args in (["--config", path], [f"--config={path}"]):
-        _, training, model, _ = parse(*args, "--lora_r", "16")
-        assert training.learning_rate == 0.5 and model.lora_r == 16
-        assert isinstance(training, CuMASFTConfig)
-
-
-def test_adapter_keys_arrive(recipe):
-    path = recipe(
-        lora_r=4,
-        lora_alpha=9,
-        lora_dropout=0.25,
-        use_rslora=True,
-        lora_target_modules=["q_proj", "k_proj", "v_proj"],
-        lora_modules_to_save=["lm_head"],
-        cuma_num_experts=6,
-        cuma_top_k=3,
-        cuma_gate="softmax_topk",
-        cuma_routing="demographic",
-        cuma_demographic_projection=5,
-        cuma_router_hidden=7,
-        cuma_router_layers=3,
-        cuma_share_a=True,
-        cuma_router_groups=["q_proj,k_proj", "v_proj"],
-        cuma_missing_demographics="zero",
-        cuma_aux_loss_coef=0.5,
-    )
-    _, training, model, _ = parse("--config", path)
-    config = model.adapter_config().to_dict()
-    expected = {
-        "r": 4,
-        "lora_alpha": 9,
-        "lora_dropout": 0.25,
-        "use_rslora": True,
-        "modules_to_save": ["lm_head"],
-        "num_experts": 6,
-        "top_k": 3,
-        "gate": "softmax_topk",
-        "routing": "demographic",
-        "demographic_projection": 5,
-        "router_hidden": 7,
-        "router_layers": 3,
-        "share_a": True,
-        "router_groups": [["q_proj", "k_proj"], ["v_proj"]],
-        "missing_demographics": "zero",
-        "task_type": "CAUSAL_LM",
-    }
-    assert {name: config[name] for name in expected} == expected
-    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj"}
-    assert training.cuma_aux_loss_coef == 0.5
-
-
-def test_which_encoder():
-    text = CuMAModelConfig(cuma_encoder_model="some/model", cuma_encoder_revision="abc").encoder()
-    assert isinstance(text, TextEncoder) and (text.model, text.revision) == ("some/model", "abc")
-    field = CuMAModelConfig(cuma_encoder="field", cuma_encoder_min_count=7).encoder()
-    assert isinstance(field, FieldEncoder) and field.min_count == 7 and not field.is_fitted
-    assert CuMAModelConfig(cuma_encoder="none").encoder() is None
-    assert CuMAModelConfig(cuma_routing="semantic").encoder() is None
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"use_dora": True}, "`use_dora` is not available"),
-        ({"lora_target_parameters": ["experts"]}, "`lora_target_parameters` is not available"),
-        ({"use_peft": False}, "`use_peft=False`: these scripts train a CuMA adapter"),
-        ({"cuma_encoder": "qwen"}, "`cuma_encoder` must be 'text', 'field' or 'none', got 'qwen'"),
-    ],
-)
-def test_what_cuma_has_not_got(fields, message, recipe):
-    with pytest.raises(ValueError, match=message):
-        parse("--config", recipe(**fields))
+def fields_of(dataclass: type) -> dict:
+    return {field.name: field for field in fields(dataclass)}
 
 
 # ---------------------------------------------------------------------- data and resuming
-def test_data_is_named_once(tmp_path):
-    with pytest.raises(ValueError, match="either `dataset_name` or `datasets`, got None and"):
-        load_data(ScriptArguments(), DatasetMixtureConfig())
-    mixture = DatasetMixtureConfig(datasets=[{"path": "json"}])
-    with pytest.raises(ValueError, match="either `dataset_name` or `datasets`, got 'mine'"):
-        load_data(ScriptArguments(dataset_name="mine"), mixture)
-
-
 def test_data_from_files_and_folders(tmp_path):
     rows = Dataset.from_list([{"text": "a", "demographic": {"age": "old"}}])
     DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
@@ -155,6 +36,41 @@ def test_data_from_files_and_folders(tmp_path):
     rows.to_json(str(tmp_path / "files" / "train.jsonl"))
     files = load_data(ScriptArguments(dataset_name=str(tmp_path / "files")), DatasetMixtureConfig())
     assert files["train"].to_list() == rows.to_list()
+
+
+def test_a_saved_folder_streams_and_has_no_configurations(tmp_path):
+    rows = Dataset.from_list([{"text": "a", "demographic": {"age": "old"}}])
+    DatasetDict(train=rows).save_to_disk(str(tmp_path))
+    streamed = load_data(ScriptArguments(dataset_name=str(tmp_path), dataset_streaming=True), DatasetMixtureConfig())
+    assert isinstance(streamed["train"], IterableDataset) and list(streamed["train"]) == rows.to_list()
+    with pytest.raises(ValueError, match="`dataset_config` is 'en', but .* holds one configuration"):
+        load_data(ScriptArguments(dataset_name=str(tmp_path), dataset_config="en"), DatasetMixtureConfig())
+
+
+def test_a_split_that_is_not_there():
+    with pytest.raises(ValueError, match=r"`dataset_test_split` is 'test', but the data has the splits \['train'\]"):
+        split_of(DatasetDict(train=Dataset.from_dict({})), "dataset_test_split", "test")
+
+
+# ---------------------------------------------------------------------- rewards
+def test_the_rewards_of_trl_are_all_known():
+    names = re.findall(r"`(\w+)`", fields_of(GRPOScriptArguments)["reward_funcs"].metadata["help"])
+    assert set(names) == set(REWARD_FUNCS)
+    for name in names:
+        assert callable(load_reward_funcs(GRPOScriptArguments(reward_funcs=[name]))[0])
+
+
+def test_rewards_by_import_path_and_model(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def length(completions, **kwargs):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    arguments = GRPOScriptArguments(reward_model_name_or_path="some/model", reward_funcs="my_rewards.length")
+    model, function = load_reward_funcs(arguments)
+    assert model == "some/model" and function(["a"]) == [1.0]
+    assert sys.path == path
+    for name in ("my_rewards.breadth", "no_rewards.length", "length"):
+        with pytest.raises(ValueError, match=f"`reward_funcs` names '{name}', which can't be loaded"):
+            load_reward_funcs(GRPOScriptArguments(reward_funcs=[name]))
 
 
 def test_resume_point(tmp_path):
@@ -246,3 +162,48 @@ def test_a_typo_stops_a_script_before_it_loads_anything(workspace):
     args = script_arguments(workspace, "sft", model_name_or_path="nowhere", learning_rat=1.0)
     with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
         run(CuMASFTTrainer, CuMASFTConfig, args)
+
+
+@pytest.mark.parametrize(
+    "method, fields, message",
+    [
+        ("sft", {"model_name_or_path": None}, "Name the base model with `model_name_or_path`"),
+        ("grpo", {}, "GRPO needs a reward. Name it with `reward_funcs`"),
+    ],
+)
+def test_what_a_run_cannot_do_without(workspace, method, fields, message):
+    name = METHODS[method]
+    args = script_arguments(workspace, method, **fields)
+    with pytest.raises(ValueError, match=message):
+        run(getattr(trl_cuma, f"CuMA{name}Trainer"), getattr(trl_cuma, f"CuMA{name}Config"), args)
+
+
+def test_ignore_bias_buffers(workspace):
+    args = script_arguments(workspace, "dpo", ignore_bias_buffers=True, max_steps=1, eval_strategy="no")
+    trainer = run(CuMADPOTrainer, CuMADPOConfig, args)
+    ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+    assert trainer.model._ddp_params_and_buffers_to_ignore == ignored
+
+
+def test_streaming(workspace):
+    """The encoder is fitted on the first `cuma_encoder_rows` rows; both ages and the country are in the first four."""
+    fields = {"dataset_streaming": True, "max_steps": 1, "eval_strategy": "no", "cuma_encoder_min_count": 2}
+    trainer = run(CuMASFTTrainer, CuMASFTConfig, script_arguments(workspace, "sft", **fields, cuma_encoder_rows=4))
+    assert isinstance(trainer.train_dataset, IterableDataset) and trainer.state.global_step == 1
+    whole = run(
+        CuMASFTTrainer, CuMASFTConfig, script_arguments(workspace, "sft", **fields | {"dataset_streaming": False})
+    )
+    first, all_rows = (t.demographic_table.encoder for t in (trainer, whole))
+    assert first.dim == all_rows.dim
+    with pytest.raises(ValueError, match="shared by min_count=2 people"):
+        run(CuMASFTTrainer, CuMASFTConfig, script_arguments(workspace, "sft", **fields, cuma_encoder_rows=1))
+
+
+def test_what_trl_cuma_launches(workspace, capsys):
+    args = script_arguments(workspace, "sft", max_steps=1, eval_strategy="no", num_processes=1)
+    assert main(["sft", *args]) == 0  # accelerate's keys were read by the launcher
+    assert (workspace / "sft" / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["sft", *args, "--cuma_encoder", "qwen"]) == 2
+    error = capsys.readouterr().err
+    assert error == "trl-cuma sft: error: `cuma_encoder` must be 'text', 'field' or 'none', got 'qwen'.\n"

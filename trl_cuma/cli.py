@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from .arguments import METHODS, TrainingParser, launch_options, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors of the user's input are one line, without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="trl-cuma", description="Cultural Mixture of Adapters for TRL.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for method, name in METHODS.items():  # for the list in `--help`; `_train` parses them itself
+        commands.add_parser(method, help=f"train by {name}, as `trl {method}` does, with CuMA's arguments too")
     quickstart = commands.add_parser(
         "quickstart",
         help="train and measure CuMA against LoRA on a small survey, on CPU, offline",
@@ -38,12 +45,73 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="all",
         help="prepare: only make the model and the data that the recipes name",
     )
-    args = parser.parse_args(argv)
+    command = argv[0] if argv and argv[0] in METHODS else None
     try:
-        return _quickstart(args)
+        return _train(command, argv[1:]) if command else _quickstart(parser.parse_args(argv))
     except (OSError, ValueError, ImportError) as error:
-        print(f"trl-cuma: error: {error}", file=sys.stderr)
+        print(f"trl-cuma{f' {command}' if command else ''}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _train(method: str, args: Sequence[str]) -> int:
+    """
+    Start `trl_cuma.scripts` by `accelerate launch`, as `trl METHOD` starts TRL's scripts. Keys are checked here,
+    before any process starts; values in the script, since making `TrainingArguments` takes hold of a device.
+    """
+    import trl_cuma
+
+    parser = TrainingParser(
+        getattr(trl_cuma, f"CuMA{METHODS[method]}Config"),
+        prog=f"trl-cuma {method}",
+        epilog="Also accelerate's own, such as --num_processes (see `accelerate launch --help`), and "
+        "--accelerate_config: a file, or single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2 or zero3.",
+    )
+    options = {name: action for name, action in launch_options().items() if name not in parser.known}
+    launch, script_args = _split(args, options)
+    recipe, rest = read_recipe(script_args)
+    parser.read(recipe, rest, elsewhere=options)
+    of_recipe = {key: value for key, value in recipe.items() if key in options}
+    return _launch({**of_recipe, **launch}, [method, *script_args], options)
+
+
+def _split(args: Sequence[str], options: dict[str, argparse.Action]) -> tuple[dict[str, Any], list[str]]:
+    """Part a command line into what `accelerate launch` reads, by name, and the script's arguments."""
+    launch, script_args = {}, []
+    rest = iter(args)
+    for arg in rest:
+        name, has_value, value = arg.removeprefix("--").partition("=")
+        action = options.get(name.replace("-", "_")) if arg.startswith("--") else None
+        if action is None:
+            script_args.append(arg)
+        elif action.nargs == 0:
+            launch[name.replace("-", "_")] = True
+        else:
+            launch[name.replace("-", "_")] = value if has_value else next(rest, "")
+    return launch, script_args
+
+
+def _launch(launch: dict[str, Any], script: Sequence[str], options: dict[str, argparse.Action]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    args = []
+    for name, value in launch.items():
+        if options[name].nargs != 0:
+            args += [f"--{name}", str(value)]
+        elif value:  # a switch, which a recipe may also set to false
+            args.append(f"--{name}")
+    args = resolve_accelerate_config_argument(args)
+    args = launch_command_parser().parse_args([*args, "--module", "trl_cuma.scripts", *script])
+    try:
+        launch_command(args)
+    except (subprocess.CalledProcessError, ChildFailedError) as error:
+        # The script has said what went wrong; where it stood in the launcher helps nobody.
+        one_process = isinstance(error, subprocess.CalledProcessError)
+        code = error.returncode if one_process else error.get_first_failure()[1].exitcode
+        print(f"trl-cuma {script[0]}: the training process failed (exit code {code}).", file=sys.stderr)
+        return code if code > 0 else 1
+    return 0
 
 
 def _quickstart(args: argparse.Namespace) -> int:
