@@ -175,22 +175,24 @@ def test_the_reference_stays_as_it_was(make_model, make_batch, tmp_path, change:
 
 
 @changes
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
-def test_models_made_of_one_configuration_have_one_each(
-    make_config, make_batch, architecture: str, change: Callable
-) -> None:
-    """gpt2's default target modules are others than qwen3's: neither may end up in the configuration they share."""
+def test_models_made_of_one_configuration_change_apart(make_config, make_batch, change: Callable) -> None:
     config, batch = make_config(target_modules=None), make_batch()
-    first, second = (
-        get_peft_model(tiny_model(name, vocab_size=50), config).eval() for name in ("qwen3", architecture)
-    )
+    first, second = (get_peft_model(tiny_model("qwen3", vocab_size=50), config).eval() for _ in range(2))
     expected, own = second(**batch).logits, second.peft_config["default"].to_dict()
     change(first)
     assert second.peft_config["default"].to_dict() == own
     assert torch.equal(second(**batch).logits, expected)
-    assert (config.num_experts, config.demographic_dim, config.target_modules) == (4, 6, None)
+    assert (config.num_experts, config.demographic_dim) == (4, 6)
     grow_experts(second, 12)  # three copies of each of its own four
     torch.testing.assert_close(second(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_configuration_serves_one_type_of_base_model(make_config) -> None:
+    """PEFT writes the first base's target modules into it."""
+    config = make_config(target_modules=None)
+    get_peft_model(tiny_model("qwen3", vocab_size=50), config)
+    with pytest.raises(ValueError, match="for a base model of type 'qwen3', not 'gpt2'.*make a new CuMAConfig"):
+        get_peft_model(tiny_model("gpt2", vocab_size=50), config)
 
 
 @changes

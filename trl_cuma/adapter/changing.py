@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -60,6 +61,7 @@ def grow_experts(
             f"Adapter {adapter_name!r} is untrained (every B is zero), so that there is nothing to copy. Make a new "
             f"one with `num_experts={num_experts}`."
         )
+    config = _own_config(model, adapter_name, layers)
     for each in experts:
         _grow(each, factor, perturbation)
     for router in _routers(layers, adapter_name):
@@ -82,8 +84,10 @@ def reset_router(model: PeftModel, *, adapter_name: str = "default", demographic
         demographic_dim (`int`, *optional*): length of the new encoder's vectors; as it was by default.
     """
     config, layers = _adapter(model, adapter_name)
-    if demographic_dim is not None and config.routing != "semantic":
+    if demographic_dim is not None:
         check_positive("demographic_dim", demographic_dim)
+    config = _own_config(model, adapter_name, layers)
+    if demographic_dim is not None and config.routing != "semantic":
         config.demographic_dim = demographic_dim
     config.demographic_encoder = None
     for router in _routers(layers, adapter_name):
@@ -101,6 +105,14 @@ def _adapter(model: PeftModel, adapter_name: str) -> tuple[CuMAConfig, list[CuMA
         raise ValueError(f"The model has no CuMA adapter {adapter_name!r}. Pass a PeftModel, and the adapter's name.")
     layers = [m for m in model.modules() if isinstance(m, CuMALinear) and adapter_name in m.cuma_experts]
     return config, layers
+
+
+def _own_config(model: PeftModel, adapter_name: str, layers: list[CuMALinear]) -> CuMAConfig:
+    """A copy of the configuration in its place: another model may have been made of the same one."""
+    config = model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
+    for layer in layers:
+        layer.config[adapter_name] = config
+    return config
 
 
 def _routers(layers: list[CuMALinear], adapter_name: str) -> list[CuMARouter]:

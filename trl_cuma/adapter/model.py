@@ -68,8 +68,10 @@ class CuMAModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        # A copy: what is written into it must not reach another adapter, such as TRL's reference, or another model.
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            # TRL makes its reference of the adapter's own: what is written into one must not reach the other.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
         check_saved_adapter(model, config)
         check_target_modules(model, config)
         first = "cuma_demographic" not in self._modules  # called from BaseTuner.__init__

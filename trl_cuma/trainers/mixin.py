@@ -109,6 +109,7 @@ class CuMATrainerMixin:
             self.demographic_table = build_table(config, encoder, datasets, args)
             if args.cuma_reset_router:
                 reset_router(model, adapter_name=model.active_adapter, demographic_dim=self.demographic_table.dim)
+                config = model.active_peft_config  # another than before
             adopt_encoder(config, encoder, self.demographic_table.dim, injected=peft_config is None)
         elif args.cuma_group_by:
             raise ValueError(
