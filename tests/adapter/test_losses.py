@@ -344,6 +344,7 @@ torch.save(result, f"{folder}/result{rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_ranks_share_the_load(tmp_path: Path) -> None:
     """Two processes with two rows each equal one process with all four rows."""
     torch.manual_seed(0)

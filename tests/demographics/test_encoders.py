@@ -176,6 +176,7 @@ class TestTextEncoder:
         with pytest.raises(ImportError, match=r"pip install 'trl_cuma\[text-encoder\]'"):
             TextEncoder().fit(PEOPLE)
 
+    @pytest.mark.slow
     def test_hub_model_in_a_fresh_process(self, minilm_path, vectors, tmp_path):
         """A hub id becomes its commit, and another process computes the same vectors."""
         commit = "0123456789abcdef0123456789abcdef01234567"

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """
 Trainer × feature: each cell trains, and in each forward each row (each token, where rows are packed) has the profile
-of the person whom its own words name. The README's table is this one: `python tests/trainers/test_matrix.py` prints it.
+of the person whom its own words name. `python tests/trainers/test_matrix.py` prints the table of the README.
 """
 
 import shutil
