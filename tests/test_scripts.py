@@ -207,3 +207,31 @@ def test_what_trl_cuma_launches(workspace, capsys):
     assert main(["sft", *args, "--cuma_encoder", "qwen"]) == 2
     error = capsys.readouterr().err
     assert error == "trl-cuma sft: error: `cuma_encoder` must be 'text', 'field' or 'none', got 'qwen'.\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_keeps_each_rows_profile(workspace, streaming):
+    entries = []
+    for age in ("old", "young"):
+        path = workspace / f"{age}.jsonl"
+        rows = [
+            {"prompt": f"{age} {n}?", "completion": " yes", "demographic": {"age": age}, "id": n} for n in range(4)
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        columns = ["prompt", "completion", "demographic"]
+        entries.append({"path": "json", "data_files": str(path), "split": "train", "columns": columns})
+    args = script_arguments(
+        workspace, "sft", dataset_name=None, datasets=entries, streaming=streaming, max_steps=1, eval_strategy="no"
+    )
+    trainer = run(CuMASFTTrainer, CuMASFTConfig, args)
+    table, seen = trainer.demographic_table, 0
+    for batch in trainer.get_train_dataloader():
+        for text, vector in zip(
+            trainer.processing_class.batch_decode(batch["input_ids"]), batch["demographic_embeds"], strict=True
+        ):
+            assert torch.equal(vector, table([{"age": text.split()[0]}])[0])
+            seen += 1
+    assert seen == 8
+    with pytest.raises(ValueError, match=r"`datasets\[1\]` keeps only the columns .* Add the demographic column"):
+        entries[1]["columns"] = ["prompt", "completion"]
+        run(CuMASFTTrainer, CuMASFTConfig, script_arguments(workspace, "sft", dataset_name=None, datasets=entries))
