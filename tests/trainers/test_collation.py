@@ -9,11 +9,11 @@ from trl_cuma import DemographicTable
 from trl_cuma.trainers.collation import DemographicCollator
 
 
-def collator(rows_per_example: int = 1, **kwargs) -> DemographicCollator:
+def collator(rows_per_example: float = 1, expected: int = 1, **kwargs) -> DemographicCollator:
     def collate(examples):
         return {"input_ids": torch.zeros(round(rows_per_example * len(examples)), 5, dtype=torch.long)}
 
-    return DemographicCollator(collate, DemographicTable(None, **kwargs), "who")
+    return DemographicCollator(collate, DemographicTable(None, **kwargs), "who", expected)
 
 
 EXAMPLES = [{"who": [1.0, 2.0]}, {"who": [3.0, 4.0]}]
@@ -26,13 +26,27 @@ def test_one_row_for_each_example():
 
 
 def test_pairs_share_their_profile():
-    batch = collator(2)(EXAMPLES)  # [chosen; rejected]
+    batch = collator(2, expected=2)(EXAMPLES)  # [chosen; rejected]
     assert batch["demographic_embeds"].tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
 
 
 def test_a_collator_that_makes_other_rows_is_refused():
-    with pytest.raises(ValueError, match=r"made 1 rows of 2 examples.*Pass a `data_collator` that makes one row"):
-        collator(0.5)(EXAMPLES)
+    """Also twice as many, where they are no pairs: nothing says whose the others are."""
+    for rows in (0.5, 2):
+        with pytest.raises(ValueError, match="rows of 2 examples.*Pass a `data_collator` that makes one row of each"):
+            collator(rows)(EXAMPLES)
+    with pytest.raises(ValueError, match=r"made 2 rows of 2 examples.*makes two rows, \[chosen; rejected\], of each"):
+        collator(1, expected=2)(EXAMPLES)
+
+
+def test_batches_that_are_cut_for_the_processes_are_refused(make_sft, sft_data):
+    with pytest.raises(ValueError, match="dispatch_batches: true.*Leave it out"):
+        make_sft(accelerator_config={"dispatch_batches": True})
+    for fields in (
+        {"train": sft_data(4, "vector").to_iterable_dataset()},
+        {"train": sft_data(4, "vector"), "eval_dataset": sft_data(4, "vector").to_iterable_dataset()},
+    ):
+        assert make_sft(encoder=None, **fields).args.accelerator_config.dispatch_batches is False  # fmt: skip
 
 
 def test_missing_column_and_missing_profile():
@@ -69,7 +83,11 @@ def test_context_and_sequence_parallelism_are_refused(which, make_sft, monkeypat
 def test_fsdp_checkpointing_of_its_own_is_refused(make_sft):
     # FSDP itself starts several processes: the check reads the arguments
     trainer = make_sft()
-    arguments = SimpleNamespace(fsdp="full_shard", fsdp_config={"activation_checkpointing": True})
+    arguments = SimpleNamespace(
+        fsdp="full_shard",
+        fsdp_config={"activation_checkpointing": True},
+        accelerator_config=trainer.args.accelerator_config,
+    )
     with pytest.raises(ValueError, match="`activation_checkpointing` loses the demographic profile"):
         trainer._refuse_what_loses_profiles(arguments, trainer.train_dataset)
 

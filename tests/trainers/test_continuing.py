@@ -25,11 +25,11 @@ def test_another_encoder_is_refused_without_a_reset(make_dpo, sft_adapter, text_
 
 @pytest.mark.parametrize("kind", ["text", "field", "vectors"])
 def test_a_reset_router_takes_another_encoder_and_keeps_the_experts(
-    make_dpo, dpo_data, sft_adapter, text_encoder, kind, tmp_path
+    make_sft, sft_data, sft_adapter, text_encoder, kind, tmp_path
 ) -> None:
     encoder = {"text": text_encoder, "field": FieldEncoder(min_count=1), "vectors": None}[kind]
-    data = dpo_data(8, demographic=vectors()) if kind == "vectors" else dpo_data(8)
-    trainer = make_dpo(cuma_adapter_path=sft_adapter, cuma_reset_router=True, encoder=encoder, train=data)
+    data = sft_data(8, demographic=vectors()) if kind == "vectors" else sft_data(8)
+    trainer = make_sft(cuma_adapter_path=sft_adapter, cuma_reset_router=True, encoder=encoder, train=data)
     config = trainer.model.peft_config["default"]
     assert config.demographic_dim == trainer.demographic_table.dim
     assert config.demographic_encoder == (None if encoder is None else encoder.state())
@@ -49,6 +49,23 @@ def test_a_reset_adapter_trains_saves_and_loads(make_sft, make_base, sft_adapter
     again = model(input_ids=ids, demographic_embeds=embeds).logits
     trainer.model.eval()
     torch.testing.assert_close(again, trainer.model(input_ids=ids, demographic_embeds=embeds).logits)
+
+
+def test_vectors_are_no_way_round_an_adapters_encoder(make_sft, sft_data, sft_adapter) -> None:
+    """They have the right length, and nothing tells what made them."""
+    with pytest.raises(ValueError, match="column holds vectors, but the adapter was trained with an encoder"):
+        make_sft(sft_data(8, demographic=torch.randn(8, 4).tolist()), cuma_adapter_path=sft_adapter)
+
+
+def test_a_reference_that_would_be_reset_is_refused(make_dpo, make_kto, make_grpo, make_base, sft_adapter) -> None:
+    """It is a copy of the adapter, made after the routers start anew."""
+    fields = {"cuma_adapter_path": sft_adapter, "cuma_reset_router": True}
+    for make in (make_dpo, make_kto):
+        with pytest.raises(ValueError, match="whose reference is a copy of the adapter.*Reset the routers in SFT"):
+            make(model="no/such-model", **fields)
+        make(ref_model=make_base(), **fields).train()  # a reference of its own
+    with pytest.raises(ValueError, match="whose reference is a copy of the adapter"):
+        make_grpo(model="no/such-model", beta=0.1, **fields)
 
 
 def test_a_new_adapter_has_no_router_to_reset(make_sft) -> None:

@@ -41,11 +41,15 @@ args = config_class(
     report_to="none",
     cuma_aux_loss_coef=1.0,
     cuma_aux_loss_scope=scope,
+    per_device_eval_batch_size=4 // state.num_processes,
+    cuma_group_by=["country"],
+    cuma_min_group_size=1,
 )
 trainer = trainer_class(
     tiny_model("qwen3", vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, initializer_range=0.2),
     args=args,
     train_dataset=Dataset.from_dict(rows),
+    eval_dataset=Dataset.from_dict(rows).select(range(5)),  # two processes repeat rows in their last batch
     processing_class=tokenizer,
     peft_config=CuMAConfig(target_modules=["q_proj", "v_proj"], num_experts=4, r=2, router_hidden=8),
     demographic_encoder=FieldEncoder(min_count=2),
@@ -53,10 +57,12 @@ trainer = trainer_class(
 trainer.train()
 wrapper = type(trainer.model_wrapped).__name__
 assert (wrapper == "DistributedDataParallel") == (state.num_processes > 1), wrapper
+groups = {k: v for k, v in trainer.evaluate().items() if "router/" in k}
 if state.is_main_process:
     weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     logs = [record for record in trainer.state.log_history if "loss" in record]
-    torch.save({"world": state.num_processes, "weights": weights, "logs": logs}, f"{folder}/result.pt")
+    result = {"world": state.num_processes, "weights": weights, "logs": logs, "groups": groups}
+    torch.save(result, f"{folder}/result.pt")
 trainer.end()
 """
 
@@ -94,3 +100,7 @@ def test_two_processes_are_one_where_the_load_spans_the_ranks(method, tmp_path):
     for mine, theirs in zip(two["logs"], one["logs"], strict=True):
         for key in ("loss", "aux_loss", "router/utilization", "router/entropy", "router/dead_experts"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-4), key
+    # Its evaluation set of five rows: what the second process repeats must not count.
+    assert (
+        two["groups"] == pytest.approx(one["groups"], abs=1e-3) and "eval_router/country=JP/entropy" in one["groups"]
+    )

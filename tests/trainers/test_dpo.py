@@ -109,7 +109,8 @@ def test_precomputed_reference_gives_the_same_run(continues, make_dpo, dpo_data,
     assert runs[1].evaluate(dpo_data(4))["eval_loss"] > 0  # precomputed on the way
 
 
-def test_the_cache_of_reference_log_probs_knows_the_encoder(make_dpo, dpo_data, monkeypatch):
+def test_the_cache_of_reference_log_probs_knows_whose_profile_each_row_has(make_dpo, dpo_data, monkeypatch):
+    """The same pairs and model; in the column `others` the people have changed places."""
     keys: list[str] = []
     original = Dataset._get_cache_file_path
 
@@ -118,11 +119,11 @@ def test_the_cache_of_reference_log_probs_knows_the_encoder(make_dpo, dpo_data, 
         return original(self, fingerprint)
 
     monkeypatch.setattr(Dataset, "_get_cache_file_path", spy)
-    data = dpo_data()
-    # 2 and 3 give the same vocabulary here, hence the same vectors and weights, but another state.
-    for min_count in (2, 2, 3):
+    people = dpo_data()["demographic"]
+    data = dpo_data(others=people[1:] + people[:1])
+    for column in ("demographic", "demographic", "others"):
         keys.append("next")
-        make_dpo(data, encoder=FieldEncoder(min_count=min_count), precompute_ref_log_probs=True)
+        make_dpo(data, demographic_column=column, precompute_ref_log_probs=True, max_length=None)
     last = [keys[i - 1] for i, key in enumerate([*keys, "next"]) if key == "next" and i]
     assert last[0] == last[1] != last[2]
 

@@ -107,6 +107,8 @@ def test_an_adapter_as_explicit_reference_is_refused(request, make_base, sft_ada
     reference = PeftModel.from_pretrained(make_base(), sft_adapter)
     with pytest.raises(ValueError, match="`ref_model` has an adapter.*`cuma_adapter_path`"):
         request.getfixturevalue(trainer_name)(ref_model=reference)
+    with pytest.raises(TypeError, match="`ref_model` must be a model, got str. Load it first"):
+        request.getfixturevalue(trainer_name)(ref_model="some/model")
 
 
 def test_streaming_named_and_passed_evaluation_sets(make_kto, kto_data, text_encoder) -> None:

@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_cuma.testing import tiny_model
 
@@ -187,6 +188,38 @@ def test_evaluation_may_be_packed_or_not(make_sft) -> None:
         expected = trainer.evaluate()["eval_loss"]
         for dataset in (data, trainer.eval_dataset):
             assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_another_trainer_packed_is_refused(make_sft) -> None:
+    """Its ids are rows of the other trainer's table."""
+    data = Dataset.from_list(documents())
+    other = make_sft(data.select(range(7, -1, -1)), encoder=None, eval_dataset=data, **JOINED["bfd"])
+    trainer = make_sft(data, encoder=None, **JOINED["bfd"])
+    with pytest.raises(ValueError, match="packed by another trainer.*Pass the rows before packing"):
+        trainer.evaluate(other.eval_dataset)
+    with pytest.raises(ValueError, match="no 'demographic' column"):
+        make_sft(other.train_dataset, encoder=None)
+
+
+def test_packing_for_evaluation_alone_is_refused(make_sft) -> None:
+    with pytest.raises(ValueError, match="`eval_packing=True` without `packing` lets the documents"):
+        make_sft(Dataset.from_list(documents()), encoder=None, eval_packing=True)
+
+
+def test_a_collator_that_pads_packed_rows_on_the_left_is_refused(make_sft) -> None:
+    def on_the_left(examples):
+        batch = DataCollatorForLanguageModeling(0)(examples)
+        return {name: value.flip(1) for name, value in batch.items()}
+
+    trainer = make_sft(Dataset.from_list(documents()), encoder=None, data_collator=on_the_left, **ALL_FORMS["wrapped"])
+    with pytest.raises(ValueError, match="padded packed rows on the left"):
+        trainer.train()
+
+
+def test_a_users_own_column_of_ids_does_no_harm(make_sft) -> None:
+    data = Dataset.from_list(documents()).add_column("demographic_ids", list(range(8)))
+    for fields in ({}, JOINED["bfd"], {"remove_unused_columns": False}):
+        make_sft(data, encoder=None, **fields).train()
 
 
 def test_dropout_zeroes_profiles_of_whole_documents(make_sft, monkeypatch) -> None:

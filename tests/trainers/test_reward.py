@@ -47,7 +47,7 @@ def pairs(count: int = 8) -> Dataset:
 def make_reward(quick, words, make_classifier, make_adapter) -> Callable[..., CuMARewardTrainer]:
     def make(model: Any = None, train: Any = None, peft_config: Any = "new", **fields: Any) -> CuMARewardTrainer:
         new = peft_config == "new"
-        kwargs = {name: fields.pop(name) for name in ("eval_dataset", "quantization_config") if name in fields}
+        kwargs = {name: fields.pop(name) for name in ("eval_dataset", "compute_metrics") if name in fields}
         return CuMARewardTrainer(
             make_classifier() if model is None else model,
             args=CuMARewardConfig(**(quick | fields)),
@@ -130,6 +130,21 @@ def test_streaming_margins_and_named_evaluation_sets(make_reward) -> None:
     trainer = make_reward(train=data, eval_dataset={"a": pairs(4), "b": pairs(4).to_iterable_dataset()})
     trainer.train()
     assert {"eval_a_loss", "eval_b_loss"} <= trainer.evaluate().keys()
+
+
+def test_metrics_of_the_user_see_the_rewards_alone(make_reward) -> None:
+    seen = []
+
+    def compute_metrics(prediction) -> dict[str, float]:
+        seen.append(prediction.predictions)
+        return {"mean": float(prediction.predictions.mean())}
+
+    data = pairs(8)
+    trainer = make_reward(
+        eval_dataset=data, compute_metrics=compute_metrics, cuma_group_by=["country"], cuma_min_group_size=1
+    )
+    metrics = trainer.evaluate()
+    assert seen[0].shape == (16, 1) and {"eval_mean", "eval_router/country=FR/entropy"} <= metrics.keys()
 
 
 def test_an_adapter_that_leaves_the_head_at_random_is_refused(make_reward, make_adapter, sft_adapter) -> None:

@@ -114,7 +114,45 @@ def test_small_groups_are_never_reported(make_sft, sft_data) -> None:
         )
         names = set(trainer.evaluate())
         assert ("eval_router/country=Rareland/utilization" in names) is reported
-        assert {"eval_router/country=FR/entropy", "eval_router/age=old/dead_experts"} <= names
+        # The one person could be had by subtraction if both other countries were there: the smaller one is not.
+        assert ("eval_router/country=FR/entropy" in names) is reported
+        assert {"eval_router/country=JP/entropy", "eval_router/age=old/dead_experts", "eval_router/entropy"} <= names
+
+
+def test_a_group_that_truncation_made_small_is_not_reported(make_sft) -> None:
+    """Five of six people of JP have prompts that fill `max_length`: TRL drops their rows."""
+    rows = [
+        {"prompt": "a " * (60 if country == "JP" and n else 2), "completion": "b", "demographic": {"country": country}}
+        for country in ("JP", "FR", "US")
+        for n in range(6)
+    ]
+    trainer = make_sft(
+        Dataset.from_list(rows[6:]),
+        eval_dataset=Dataset.from_list(rows),
+        encoder=FieldEncoder(min_count=1).fit([row["demographic"] for row in rows]),
+        max_length=40,
+        cuma_group_by=["country"],
+        cuma_min_group_size=6,
+    )
+    assert len(trainer.eval_dataset) == 13
+    names = " ".join(trainer.evaluate())
+    assert "country=JP" not in names and "country=US" in names
+
+
+def test_ktos_other_completions_do_not_count(make_kto, kto_data) -> None:
+    """Its KL term reads each person with another row's completion; `apo_zero_unpaired` has none."""
+    found = []
+    for loss_type in ("kto", "apo_zero_unpaired"):
+        torch.manual_seed(0)
+        trainer = make_kto(eval_dataset=kto_data(8), adapter=STRONG, loss_type=loss_type, **GROUPS)
+        found.append(router_metrics(trainer.evaluate()))
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0]
+
+
+def test_a_packed_set_that_the_trainer_has_is_evaluated_again(make_sft, sft_data) -> None:
+    trainer = make_sft(eval_dataset=sft_data(12), packing=True, max_length=64, **GROUPS)
+    expected = trainer.evaluate()
+    assert router_metrics(trainer.evaluate(trainer.eval_dataset)) == pytest.approx(router_metrics(expected))
 
 
 def test_groups_that_the_router_cannot_tell_apart_are_not_reported(make_sft, sft_data) -> None:

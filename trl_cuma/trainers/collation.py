@@ -9,7 +9,7 @@ import torch
 
 from ..demographics import DemographicTable
 
-IDS = "demographic_ids"  # of packed rows: the table's row for each token
+TOKEN_PROFILES = "cuma_token_profiles"  # a packed data set's column: the table's row for each token
 
 
 @dataclass
@@ -23,19 +23,22 @@ class DemographicCollator:
         collator (`Callable`): the trainer's collator.
         table (`DemographicTable`): profile → vector.
         column (`str`): the rows' column with the profile.
+        rows_per_example (`int`): rows that the collator makes of each: 2 where it stacks [chosen; rejected].
 
     Raises:
         KeyError: if a row has no such column.
+        ValueError: if the collator makes other rows, or pads packed rows on the left.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     table: DemographicTable
     column: str
+    rows_per_example: int = 1
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if IDS in examples[0]:
+        if TOKEN_PROFILES in examples[0]:
             batch = self.collator(examples)
-            return batch | self._by_document([torch.tensor(example[IDS]) for example in examples], batch)
+            return batch | self._by_document([torch.tensor(example[TOKEN_PROFILES]) for example in examples], batch)
         missing = [row for row, example in enumerate(examples) if self.column not in example]
         if missing:
             raise KeyError(
@@ -49,14 +52,13 @@ class DemographicCollator:
             return batch | self._by_document([row.repeat(n) for row, n in zip(ids, lengths, strict=True)], batch)
         embeds = self.table.embeds[ids]
         rows = batch["input_ids"].shape[0]
-        if rows == 2 * len(examples):  # preference collators stack [chosen; rejected]
-            embeds = torch.cat([embeds, embeds])
-        elif rows != len(examples):
+        if rows != self.rows_per_example * len(examples):
+            expected = "two rows, [chosen; rejected]," if self.rows_per_example == 2 else "one row"
             raise ValueError(
                 f"The collator made {rows} rows of {len(examples)} examples, so a profile no longer belongs to a row. "
-                "Pass a `data_collator` that makes one row of each example, or two, [chosen; rejected]."
+                f"Pass a `data_collator` that makes {expected} of each example."
             )
-        return batch | {"demographic_embeds": embeds}
+        return batch | {"demographic_embeds": embeds.repeat(self.rows_per_example, 1)}
 
     def _by_document(self, per_token: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         if _is_joined(batch):
@@ -64,15 +66,20 @@ class DemographicCollator:
         ids = torch.full(batch["input_ids"].shape, -1)
         for row, values in zip(ids, per_token, strict=True):
             row[: len(values)] = values
+        if "attention_mask" in batch and not torch.equal(ids >= 0, batch["attention_mask"].bool()):
+            raise ValueError("The collator padded packed rows on the left. Pass one that pads on the right.")
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         if "position_ids" in batch:
             starts |= batch["position_ids"] == 0
         starts &= ids >= 0
         document = starts.flatten().cumsum(0).view_as(ids) - 1
-        return {"demographic_embeds": self.table.embeds[ids[starts]], IDS: document.masked_fill(ids < 0, -1)}
+        return {
+            "demographic_embeds": self.table.embeds[ids[starts]],
+            "demographic_ids": document.masked_fill(ids < 0, -1),
+        }
 
 
 def _is_joined(batch: dict[str, Any]) -> bool:
     """Whether the examples were joined to one row, whose documents `position_ids` tell apart."""
-    return "attention_mask" not in batch and "position_ids" in batch
+    return "attention_mask" not in batch and "position_ids" in batch and batch["input_ids"].shape[0] == 1

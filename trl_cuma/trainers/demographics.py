@@ -41,6 +41,12 @@ def resolve_encoder(
     vectors = is_vector(_first_known(dataset, args.demographic_column))
     changes = args.cuma_reset_router and (encoder is not None or vectors)
     if config.demographic_encoder is not None and not changes:
+        if vectors:
+            raise ValueError(
+                f"The {args.demographic_column!r} column holds vectors, but the adapter was trained with an "
+                "encoder, and nothing tells that it made them. Pass profiles, or set `cuma_reset_router=True`, which "
+                "trains the routers anew."
+            )
         if encoder is None:
             return encoder_from_state(config.demographic_encoder)
         expected = config.demographic_encoder["fingerprint"]

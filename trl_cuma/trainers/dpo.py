@@ -8,7 +8,7 @@ from .mixin import CuMATrainerMixin
 from .reference import ReferenceMixin
 
 
-class CuMADPOTrainer(CuMATrainerMixin, ReferenceMixin, DPOTrainer):
+class CuMADPOTrainer(ReferenceMixin, CuMATrainerMixin, DPOTrainer):
     """
     TRL's `DPOTrainer`; the only change is that each pair is routed by its demographic column, see
     [`CuMATrainerMixin`]. The reference is TRL's own choice: the base model for a new adapter, a frozen copy for one
@@ -16,3 +16,4 @@ class CuMADPOTrainer(CuMATrainerMixin, ReferenceMixin, DPOTrainer):
     """
 
     config_class = CuMADPOConfig
+    rows_per_example = 2

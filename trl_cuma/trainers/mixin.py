@@ -2,7 +2,6 @@
 """The one mechanism that all CuMA trainers share: it carries the profile, and adds the router losses."""
 
 import copy
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import create_model_from_path
 
 from ..adapter import CuMAConfig, reset_router
-from ..adapter.card import write_card
 from .adapters import adapter_config, load_adapter
 from .collation import DemographicCollator
 from .demographics import (
@@ -25,13 +23,14 @@ from .demographics import (
     check_resumed_encoder,
     resolve_encoder,
 )
-from .record import training_record
-from .routing import GroupRouting, load_metrics
+from .group_evaluation import GroupEvaluationMixin
+from .record import RecordMixin
+from .routing import load_metrics
 
 
-class CuMATrainerMixin:
+class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
     """
-    Put before a TRL trainer. Three changes: each batch holds `demographic_embeds` from the data set's demographic
+    Put before a TRL trainer. Its changes: each batch holds `demographic_embeds` from the data set's demographic
     column; the router losses are added to the training loss (never to the evaluation loss, so that early stopping and
     best-model selection read the task loss); router statistics are logged.
 
@@ -50,6 +49,7 @@ class CuMATrainerMixin:
     config_class: type
     task_type = "CAUSAL_LM"  # of a new adapter: with it, the saved adapter's `generate` takes profiles
     load_base = staticmethod(create_model_from_path)
+    rows_per_example = 1  # 2 where the collator stacks [chosen; rejected]
     collates_profiles = True  # False for a trainer that looks the rows' profiles up itself
 
     def __init__(
@@ -87,7 +87,10 @@ class CuMATrainerMixin:
         self._routed = config.routing != "semantic"
         self._check_before_loading(config, args, kwargs)
         if self._routed:
+            evals = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
             self._refuse_what_loses_profiles(args, train_dataset)
+            if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evals)):
+                args.accelerator_config.dispatch_batches = False  # as TRL does for a training set
             check_demographic_column(train_dataset, args.demographic_column, "training")
         if saved is not None:
             loaded = load_adapter(model, saved, args, kwargs, self.load_base)
@@ -118,11 +121,11 @@ class CuMATrainerMixin:
         elif args.cuma_reset_router:
             reset_router(model, adapter_name=model.active_adapter)
         self._demographic_column = args.demographic_column
-        self._router_metrics: dict[str, list[torch.Tensor]] = {}
-        self._group_routing: GroupRouting | None = None  # of the evaluation that is running
-        self._eval_group_routing: dict[str, GroupRouting] = {}
+        self._router_metrics: dict[str, Any] = {}
+        self._router_forwards = 0
         if args.cuma_group_by and eval_dataset is not None:
-            self._eval_group_routing = {name: self._make_group_routing(value, args) for name, value in named.items()}
+            for value in named.values():
+                self._make_group_routing(value, args)  # its errors, before anything trains
         self._earlier_training = list(config.training or [])
         self._dataset_name: str | None = None
         super().__init__(
@@ -155,6 +158,11 @@ class CuMATrainerMixin:
                 f"The training data set has {images}: a vision tower's layers see patches, not rows of one person "
                 "each, so the CuMA trainers don't route them yet. Remove the column to train on text."
             )
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config: {dispatch_batches: true}` cuts batches into equal parts for the processes, and "
+                "with packed rows the profiles don't go with the documents. Leave it out."
+            )
         if args.fsdp and (args.fsdp_config or {}).get("activation_checkpointing"):
             raise ValueError(
                 "FSDP's `activation_checkpointing` loses the demographic profile when it recomputes a layer. Set it "
@@ -170,7 +178,9 @@ class CuMATrainerMixin:
     def data_collator(self, collator: Callable) -> None:
         # Set by Trainer.__init__, before TRL precomputes reference log-probabilities with it.
         if self._routed and self.collates_profiles and not isinstance(collator, DemographicCollator):
-            collator = DemographicCollator(collator, self.demographic_table, self._demographic_column)
+            collator = DemographicCollator(
+                collator, self.demographic_table, self._demographic_column, self.rows_per_example
+            )
         self._data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -203,58 +213,16 @@ class CuMATrainerMixin:
         for key, weight in (("aux_loss", self.args.cuma_aux_loss_coef), ("z_loss", self.args.cuma_z_loss_coef)):
             if weight:
                 loss = loss + scale * weight * router[key]
-        for key, value in router.items():
-            self._router_metrics.setdefault(key, []).append(value.detach())  # stays on the device until `log`
+        for key, value in router.items():  # sums that stay on the device until `log`
+            self._router_metrics[key] = self._router_metrics.get(key, 0.0) + value.detach()
+        self._router_forwards += 1
         return (loss, *rest) if rest else loss
-
-    def _observed(self, model: Any) -> Callable:
-        """The model, of whose forwards the routing statistics are taken in."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            outputs = model(*args, output_routing_by_profile=True, **kwargs)
-            self._group_routing.add(kwargs["demographic_embeds"], outputs["router_load"], outputs["router_entropy"])
-            return outputs
-
-        return forward
 
     def _router_loss_scale(self, num_items_in_batch: Any) -> float:
         """Router losses are means over micro-batches; 1 where `Trainer` divides the loss by their number itself."""
         return 1.0
 
-    # ------------------------------------------------------------------ routing statistics by group
-    def _make_group_routing(self, dataset: Any, args: Any) -> GroupRouting:
-        return GroupRouting(
-            dataset,
-            self.demographic_table,
-            args.demographic_column,
-            args.demographic_person_column,
-            args.cuma_group_by,
-            args.cuma_min_group_size,
-        )
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        if not self.args.cuma_group_by:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if isinstance(eval_dataset, Mapping):  # as `Trainer` does, but before TRL prepares them
-            metrics: dict[str, float] = {}
-            for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            self._group_routing = self._eval_group_routing.get(eval_dataset or "evaluation")
-        else:
-            check_demographic_column(eval_dataset, self._demographic_column, "passed")
-            self._group_routing = self._make_group_routing(eval_dataset, self.args)
-        if self._group_routing is not None:
-            self._group_routing.start(metric_key_prefix)
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._group_routing = None
-
-    # ------------------------------------------------------------------ what the adapter says of its training
+    # ------------------------------------------------------------------ resuming, logging
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and self._routed:
             last = resume_from_checkpoint is True
@@ -263,46 +231,16 @@ class CuMATrainerMixin:
                 check_resumed_encoder(checkpoint, self.demographic_table.encoder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._record_training()
-        super().save_model(output_dir, _internal_call)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """
-        Write the adapter's card into `output_dir`, where TRL's would tell of a pipeline that knows no profile.
-
-        Args:
-            model_name, tags: not used: the adapter's folder is its name.
-            dataset_name (`str`, *optional*): the data set's name; it also goes into the cards of later checkpoints.
-        """
-        self._dataset_name = dataset_name or self._dataset_name
-        self._record_training()
-        if self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_card(self.args.output_dir, self._adapter_config())
-
-    def _adapter_config(self) -> CuMAConfig:
-        return self.accelerator.unwrap_model(self.model).active_peft_config
-
-    def _record_training(self) -> None:
-        if not self.state.global_step:
-            return
-        profiles = len(self.demographic_table.embeds) if self._routed else None
-        record = training_record(self, self._dataset_name, profiles)
-        self._adapter_config().training = [*self._earlier_training, record]
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.model.training and self._router_metrics:
-            values = {name: torch.stack(seen).mean(0, keepdim=True) for name, seen in self._router_metrics.items()}
+            values = {name: (total / self._router_forwards)[None] for name, total in self._router_metrics.items()}
             means = {name: self.accelerator.gather(value).mean(0) for name, value in values.items()}
             logs["aux_loss"] = means["aux_loss"].item()
             if self.args.cuma_z_loss_coef:
                 logs["z_loss"] = means["z_loss"].item()
             metrics = load_metrics(means["router_load"], means["router_entropy"])
             logs |= {f"router/{name}": value for name, value in metrics.items()}
-            self._router_metrics.clear()
+            self._router_metrics, self._router_forwards = {}, 0
         elif self._group_routing is not None:
-            logs |= self._group_routing.metrics(self.accelerator)
+            logs |= self._group_routing.metrics(self._group_prefix, self.accelerator)
         super().log(logs, *args, **kwargs)

@@ -11,7 +11,7 @@ from datasets.fingerprint import Hasher
 from trl import pack_dataset
 
 from ..demographics import DemographicTable
-from .collation import IDS
+from .collation import TOKEN_PROFILES
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TokenProfiles:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list[list[int]]]:
         ids = self.table.lookup(batch[self.column]).tolist()
-        return {IDS: [[row] * len(tokens) for row, tokens in zip(ids, batch["input_ids"], strict=True)]}
+        return {TOKEN_PROFILES: [[row] * len(tokens) for row, tokens in zip(ids, batch["input_ids"], strict=True)]}
 
 
 def pack_with_profiles(
@@ -39,9 +39,11 @@ def pack_with_profiles(
     map_kwargs: dict[str, Any] = {}
     is_map_style = isinstance(dataset, Dataset)
     if is_map_style:  # the key of what is cached: the ids mean something only with this table
-        map_kwargs["new_fingerprint"] = Hasher.hash((dataset._fingerprint, IDS, table.lookup(dataset[column])))
+        map_kwargs["new_fingerprint"] = Hasher.hash(
+            (dataset._fingerprint, TOKEN_PROFILES, table.lookup(dataset[column]))
+        )
     dataset = dataset.map(TokenProfiles(table, column), batched=True, **map_kwargs)
-    dataset = dataset.select_columns(["input_ids", "labels", IDS])
+    dataset = dataset.select_columns(["input_ids", "labels", TOKEN_PROFILES])
     map_kwargs = {"num_proc": args.dataset_num_proc, "desc": "Packing the data set"} if is_map_style else {}
     return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
 
@@ -63,7 +65,7 @@ def keeps_documents_apart(model: Any, collate: Callable[[list[dict[str, Any]]], 
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
         if dim:
             batch["demographic_embeds"] = torch.zeros(1, dim, device=device)
-            batch[IDS] = torch.zeros_like(batch["input_ids"])
+            batch["demographic_ids"] = torch.zeros_like(batch["input_ids"])
         total = sum(map(len, documents))
         return model(**batch, use_cache=False).logits[0, total - 2 : total].float()
 

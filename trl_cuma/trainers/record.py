@@ -1,13 +1,49 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
-"""What a run leaves about itself in the adapter's configuration, for the model card."""
+"""What a run leaves about itself in the adapter's configuration, and the model card."""
 
+import os
 from collections.abc import Sized
 from typing import Any
 
 import torch
 import trl
 
-from ..adapter.card import public_name
+from ..adapter import CuMAConfig
+from ..adapter.card import public_name, write_card
+
+
+class RecordMixin:
+    """Each saved adapter tells of all its training, and has a card."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._record_training()
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the adapter's card into `output_dir`, where TRL's would tell of a pipeline that knows no profile.
+
+        Args:
+            model_name, tags: not used: the adapter's folder is its name.
+            dataset_name (`str`, *optional*): the data set's name; it also goes into the cards of later checkpoints.
+        """
+        self._dataset_name = dataset_name or self._dataset_name
+        self._record_training()
+        if self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_card(self.args.output_dir, self._adapter_config())
+
+    def _adapter_config(self) -> CuMAConfig:
+        return self.accelerator.unwrap_model(self.model).active_peft_config
+
+    def _record_training(self) -> None:
+        if not self.state.global_step:
+            return
+        profiles = len(self.demographic_table.embeds) if self._routed else None
+        record = training_record(self, self._dataset_name, profiles)
+        self._adapter_config().training = [*self._earlier_training, record]
 
 
 def training_record(trainer: Any, dataset_name: str | None, profiles: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class CuMARewardTrainer(CuMATrainerMixin, RewardTrainer):
     """
 
     config_class = CuMARewardConfig
+    rows_per_example = 2
     task_type = "SEQ_CLS"
 
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:

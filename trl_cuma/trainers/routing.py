@@ -35,9 +35,11 @@ class GroupRouting:
     """
     The routing statistics of one evaluation, by the groups that some fields of the profile make.
 
-    Of a group with fewer than `min_size` people nothing is kept. A person is told apart by `person_column` where the
-    data set has it, else each row counts as one. Profiles with the same vector in different groups (a field encoder
-    leaves rare values out) belong to none of them: the router cannot tell them apart.
+    A group with fewer than `min_size` people is not reported, and can't be had by subtraction either: where the
+    unreported people of a field would be fewer than that, its smallest other group goes unreported with them. A person
+    is told apart by `person_column` where the data set has it, else each row counts as one. Profiles with the same
+    vector in different groups (a field encoder leaves rare values out) belong to none of them: the router cannot tell
+    them apart.
 
     Args:
         dataset (`Dataset`): the evaluation set, as the user passed it.
@@ -45,6 +47,7 @@ class GroupRouting:
         column, person_column (`str`): the columns with the profile and, perhaps, the person.
         fields (`Sequence[str]`): fields of the profile.
         min_size (`int`): people.
+        rows_per_example (`int`): rows that a forward has of each.
 
     Raises:
         TypeError: if the data set is a stream, which would have to be read twice.
@@ -59,6 +62,8 @@ class GroupRouting:
         person_column: str,
         fields: Sequence[str],
         min_size: int,
+        *,
+        rows_per_example: int = 1,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -80,18 +85,15 @@ class GroupRouting:
             for field in fields:
                 if field in profile.fields:
                     members[field, profile.fields[field]].add(person)
-        self.names = sorted(name for name, persons in members.items() if len(persons) >= min_size)
+        everybody = set(people)
+        self.names = [name for field in fields for name in _reportable(field, members, everybody, min_size)]
+        self._min_rows = min_size * rows_per_example
         index = {name: number for number, name in enumerate(self.names)}
         self._fields = list(fields)
         self._vectors = table.embeds[table.lookup(values)]
         # (rows, fields): the group's number, -1 for none
         self._groups = [[index.get((f, p.fields.get(f)), -1) for f in fields] for p in profiles]
         self._keys: dict[torch.dtype, dict[bytes, list[int]]] = {}
-        self.start("eval")
-
-    def start(self, prefix: str) -> None:
-        """Begin an evaluation, whose metrics' names begin with `prefix`."""
-        self._prefix = prefix
         self._sums: torch.Tensor | None = None
 
     def _groups_of(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,8 @@ class GroupRouting:
                 if seen != groups:
                     keys[vector] = [one if one == other else -1 for one, other in zip(seen, groups, strict=True)]
         nobody = [-1] * len(self._fields)
-        return torch.tensor([keys.get(vector, nobody) for vector in _bytes_of(embeds)])
+        groups = [keys.get(vector, nobody) for vector in _bytes_of(embeds)]
+        return torch.tensor(groups, dtype=torch.long).view(-1, len(self._fields))  # also of no rows
 
     def add(self, embeds: torch.Tensor, load: torch.Tensor, entropy: torch.Tensor) -> None:
         """
@@ -115,16 +118,16 @@ class GroupRouting:
             load (`torch.Tensor`): `(rows, routers, experts)`.
             entropy (`torch.Tensor`): `(rows, routers)`.
         """
-        rows = torch.cat([load.flatten(1), entropy.mean(1, keepdim=True), torch.ones_like(entropy[:, :1])], 1).double()
+        rows = torch.cat([load.flatten(1), entropy.mean(1, keepdim=True), torch.ones_like(entropy[:, :1])], 1)
+        rows = rows.cpu().double()
         if self._sums is None:  # the last one is everybody's
             self._sums = rows.new_zeros(len(self.names) + 1, rows.shape[1])
             self._shape = load.shape[1:]
         self._sums[-1] += rows.sum(0)
-        groups = self._groups_of(embeds).to(rows.device)
-        for column in groups.unbind(1):
+        for column in self._groups_of(embeds).unbind(1):
             self._sums.index_add_(0, column[column >= 0], rows[column >= 0])
 
-    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+    def metrics(self, prefix: str, accelerator: Accelerator) -> dict[str, float]:
         """
         The statistics over all processes, under names such as `eval_router/country=JP/utilization`; with
         `eval_router/country/mutual_information`, between expert and group (nats, mean over routers): 0 where all
@@ -132,22 +135,34 @@ class GroupRouting:
         """
         if self._sums is None:
             return {}
-        sums = accelerator.reduce(self._sums, reduction="sum")
+        sums = self._sums
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
         counts = sums[:, -1]
         means = sums / counts.clamp(min=1).unsqueeze(1)
         loads, entropies = means[:, :-2].unflatten(1, self._shape), means[:, -2]
-        prefix = f"{self._prefix}_router"
+        prefix = f"{prefix}_router"
         found = {f"{prefix}/{name}": value for name, value in load_metrics(loads[-1], entropies[-1]).items()}
         for number, (field, value) in enumerate(self.names):
-            if counts[number]:
+            if counts[number] >= self._min_rows:
                 metrics = load_metrics(loads[number], entropies[number])
                 found |= {f"{prefix}/{field}={value}/{name}": metric for name, metric in metrics.items()}
         for field in self._fields:
-            of_field = [n for n, (name, _) in enumerate(self.names) if name == field and counts[n]]
+            of_field = [n for n, (name, _) in enumerate(self.names) if name == field and counts[n] >= self._min_rows]
             if len(of_field) > 1:
                 information = _mutual_information(loads[of_field], counts[of_field])
                 found[f"{prefix}/{field}/mutual_information"] = information
         return found
+
+
+def _reportable(
+    field: str, members: dict[tuple[str, str], set[Any]], everybody: set[Any], min_size: int
+) -> list[tuple[str, str]]:
+    sizes = sorted((len(people), name) for name, people in members.items() if name[0] == field)
+    names = [name for size, name in sizes if size >= min_size]
+    while names and 0 < len(everybody.difference(*(members[name] for name in names))) < min_size:
+        names.pop(0)  # the smallest
+    return sorted(names)
 
 
 def _mutual_information(loads: torch.Tensor, counts: torch.Tensor) -> float:

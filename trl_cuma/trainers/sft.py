@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from .collation import IDS
+from ..adapter import CuMAConfig
+from .collation import TOKEN_PROFILES
 from .config import CuMASFTConfig
 from .mixin import CuMATrainerMixin
 from .packing import keeps_documents_apart, pack_with_profiles
@@ -29,14 +30,27 @@ class CuMASFTTrainer(CuMATrainerMixin, SFTTrainer):
     config_class = CuMASFTConfig
     _keeps_documents_apart: bool | None = None  # not known yet
 
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        self._packed: list[tuple[Any, Any]] = []  # (packed data set, its rows)
+        super().__init__(model, **kwargs)
+
+    def _check_before_loading(self, config: CuMAConfig, args: CuMASFTConfig, kwargs: dict[str, Any]) -> None:
+        if args.eval_packing and not (args.packing or args.padding_free) and args.packing_strategy != "wrapped":
+            raise ValueError(
+                "`eval_packing=True` without `packing` lets the documents of a packed row see each other. Set "
+                "`packing=True` too, or `eval_packing=False`."
+            )
+        if args.demographic_dropout and config.routing == "semantic":
+            raise ValueError("`demographic_dropout` with `routing='semantic'`, which reads no profile. Leave it out.")
+
     def _router_loss_scale(self, num_items_in_batch: Any) -> float:
         # With `num_items_in_batch` Trainer leaves the division by the accumulation steps to the loss.
         return 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if IDS not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, IDS]
+        if TOKEN_PROFILES not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TOKEN_PROFILES]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -45,15 +59,32 @@ class CuMASFTTrainer(CuMATrainerMixin, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if args.max_length is None:
             raise ValueError("When packing is enabled, `max_length` can't be `None`: it is the packed rows' length.")
-        if IDS in get_dataset_column_names(dataset):  # `evaluate` got one that is prepared
+        if any(dataset is packed for packed, _ in self._packed):  # `evaluate` got one that is prepared
             return dataset
+        if TOKEN_PROFILES in get_dataset_column_names(dataset):
+            raise ValueError(
+                "The data set was packed by another trainer, whose table of profiles is not this one's. Pass the rows "
+                "before packing."
+            )
+        rows = dataset
         # TRL drops all columns but tokens and labels before it packs: let it do all the rest, and pack here.
         unpacked = copy.copy(args)
         unpacked.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, formatting_func, dataset_name)
         with args.main_process_first(desc="packing"):
             dataset = pack_with_profiles(dataset, self.demographic_table, self._demographic_column, args)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        self._packed.append((dataset, rows))
+        return dataset
+
+    def _profiled_rows(self, dataset: Any) -> Any:
+        rows = next((rows for packed, rows in self._packed if packed is dataset), dataset)
+        if rows is not dataset and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "`cuma_group_by` with packed evaluation rows on several processes, which share out repeated rows that "
+                "can't be told from others. Set `eval_packing=False`."
+            )
+        return rows
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.padding_free and self._keeps_documents_apart is None:
