@@ -11,7 +11,21 @@ from trl import SFTConfig, SFTTrainer
 
 STRONG = {"init_weights": False, "lora_alpha": 16}
 # The gradient of these is a mean over rows; `aot`, `aot_unpaired` and `sft` mix the rows of a batch.
-PER_ROW = ["sigmoid", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "discopop", "sigmoid_norm"]
+PER_ROW = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "apo_zero",
+    "apo_down",
+    "sppo_hard",
+    "discopop",
+    "sigmoid_norm",
+    "exo_pair",
+    "robust",
+    "bco_pair",
+]
+SMOOTHED = {name: {"label_smoothing": 0.1} for name in ("exo_pair", "robust")}
 CASES = {
     "sft": ("make_sft", {}),
     "sft-dft": ("make_sft", {"loss_type": "dft"}),
@@ -20,7 +34,7 @@ CASES = {
         "make_kto",
         {"loss_type": "apo_zero_unpaired"},
     ),  # 'kto' has a batch's KL
-    **{f"dpo-{name}": ("make_dpo", {"loss_type": [name]}) for name in PER_ROW},
+    **{f"dpo-{name}": ("make_dpo", {"loss_type": [name]} | SMOOTHED.get(name, {})) for name in PER_ROW},
 }
 cases = pytest.mark.parametrize(("maker", "fields"), CASES.values(), ids=CASES.keys())
 
@@ -86,8 +100,9 @@ def test_the_router_loss_is_the_mean_over_micro_batches(request, step, maker) ->
 
 
 def test_the_first_loss_is_the_lora_runs_and_the_router_term(make_sft, make_base, sft_data, quick, tokenizer) -> None:
-    trainer = make_sft(cuma_aux_loss_coef=0.5, cuma_z_loss_coef=0.1, gradient_accumulation_steps=2,
-                       per_device_train_batch_size=4)  # fmt: skip
+    trainer = make_sft(
+        cuma_aux_loss_coef=0.5, cuma_z_loss_coef=0.1, gradient_accumulation_steps=2, per_device_train_batch_size=4
+    )
     trainer.train()
     plain = SFTTrainer(
         make_base(),

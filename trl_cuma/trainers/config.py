@@ -20,7 +20,7 @@ class CuMATrainingArguments:
         cuma_adapter_path (`str`, *optional*): a trained CuMA adapter to go on training, e.g. from SFT to DPO. It is
             loaded as the trainable adapter `default`.
         cuma_reset_router (`bool`): of a trained adapter keep the experts, and start the routers anew: the way to
-            another demographic encoder.
+            another demographic encoder. Not where the reference is a copy of the adapter (DPO, KTO, GRPO with `beta`).
         cuma_group_by (`list[str]`, *optional*): fields of the profile, such as `["country"]`, by whose values the
             routing statistics of an evaluation are reported.
         cuma_min_group_size (`int`): a group with fewer people in the evaluation set is not reported.
