@@ -244,3 +244,19 @@ def test_a_mixture_without_profiles_is_fine_where_none_are_read(recipe):
     fields = {"dataset_name": None, "datasets": [{"path": "json", "columns": ["prompt"]}]}
     *_, mixture = parse("--config", recipe(cuma_routing="semantic", **fields))
     assert mixture.datasets[0].columns == ["prompt"]
+
+
+@pytest.mark.parametrize("value", [True, [2], None, {"a": 1}])
+def test_a_number_is_a_number(recipe, value):
+    """YAML gives these as they are; argparse converts text only."""
+    with pytest.raises(ValueError, match=r"`learning_rate` must be a number, got "):
+        parse("--config", recipe(learning_rate=value))
+    _, training, *_ = parse("--config", recipe(learning_rate="1e-4", hub_revision=None, max_steps=2))
+    assert training.learning_rate == 1e-4 and training.max_steps == 2
+
+
+def test_a_key_with_hyphens_is_written_with_underscores(recipe):
+    with pytest.raises(ValueError, match="'learning-rate': write `learning_rate`"):
+        parse("--config", recipe(**{"learning-rate": 1}))
+    with pytest.raises(ValueError, match="'no_bf16': write `bf16: false`"):
+        parse("--config", recipe(no_bf16=True))

@@ -209,6 +209,30 @@ def test_what_trl_cuma_launches(workspace, capsys):
     assert error == "trl-cuma sft: error: `cuma_encoder` must be 'text', 'field' or 'none', got 'qwen'.\n"
 
 
+@pytest.mark.parametrize(
+    "method, fields, message",
+    [
+        ("sft", {"demographic_column": "who"}, "training data set has no 'who' column"),
+        ("sft", {"dataset_train_split": "dev"}, "`dataset_train_split` is 'dev', but the data has the splits"),
+        ("sft", {"cuma_top_k": 9}, "top_k"),
+        ("grpo", {"use_vllm": True, "dataset_name": "no/such-data", "reward_funcs": ["os.getcwd"]}, "`use_vllm=True`"),
+        (
+            "grpo",
+            {"reward_funcs": ["trl_cuma.rewards.ProfileJudge"]},
+            "it is no function; of a class, name an instance",
+        ),
+        ("grpo", {"reward_funcs": ["os.no_such"]}, "`reward_funcs` names 'os.no_such', which can't be loaded"),
+    ],
+)
+def test_what_a_launched_script_refuses_is_one_line(workspace, capsys, method, fields, message):
+    """Also what is found after the arguments were parsed: in the data, the rewards, by the trainer."""
+    if method == "grpo":
+        fields = {"dataset_name": str(workspace / "data" / "sft"), "eval_strategy": "no"} | fields
+    assert main([method, *script_arguments(workspace, method, **fields)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"trl-cuma {method}: error: ") and message in error
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_keeps_each_rows_profile(workspace, streaming):
     entries = []

@@ -175,6 +175,12 @@ class TrainingParser(TrlParser):
         Raises:
             ValueError: says of each unknown key what it is called today, or what looks like it.
         """
+        for action in self._actions:  # argparse converts text only
+            value = recipe.get(action.dest)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if action.dest in recipe and action.type in (int, float) and not isinstance(value, str) and not is_number:
+                if not (value is None and action.default is None) and action.nargs is None:
+                    raise ValueError(f"`{action.dest}` must be a number, got {value!r}.")
         self.set_defaults_with_config(**recipe)
         _, rest = self.parse_known_args(list(args))
         keys = [value.removeprefix("--").split("=")[0] for value in rest if value.startswith("--")]
@@ -197,11 +203,13 @@ def _problem(key: str, config_class: type, known: list[str]) -> str:
     name = key.replace("-", "_")
     if today := advice(config_class, name):
         return f"{key!r} is now {today}" if today.startswith("`") else f"{key!r} is {today}"
-    if name.removeprefix("no_") in known:
+    if name in known:
+        return f"{key!r}: write `{name}`"
+    if name.startswith("no_") and name.removeprefix("no_") in known:
         return f"{key!r}: write `{name.removeprefix('no_')}: false`"
     if name in launch_options():
         return f"{key!r} is for `accelerate launch`, or for a recipe that `trl-cuma` starts"
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
         return f"{key!r} (did you mean {near[0]!r}?)"
     return repr(key)
 

@@ -27,6 +27,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from .arguments import METHODS, CuMAModelConfig, parse_strictly
 from .demographics import FieldEncoder, TextEncoder
+from .trainers.grpo import refuse_vllm
 
 # The names that TRL's GRPO script knows; its own table is local to a function.
 REWARD_FUNCS: dict[str, Callable] = {
@@ -72,7 +73,7 @@ def split_of(dataset: DatasetDict | IterableDatasetDict, argument: str, name: st
     if name not in dataset:
         raise ValueError(
             f"`{argument}` is {name!r}, but the data has the splits {list(dataset)}. Name one of them; without "
-            "evaluation, set `eval_strategy` to 'no'."
+            "evaluation, set `eval_strategy` to 'no' and `load_best_model_at_end` to false."
         )
     return dataset[name]
 
@@ -109,7 +110,10 @@ def load_reward_funcs(script_args: GRPOScriptArguments) -> list[str | Callable]:
         module, _, function = name.rpartition(".")
         sys.path.insert(0, os.getcwd())
         try:
-            rewards.append(getattr(import_module(module), function))
+            found = getattr(import_module(module), function)
+            if isinstance(found, type) or not callable(found):
+                raise ValueError("it is no function; of a class, name an instance: `judge = ProfileJudge(...)`")
+            rewards.append(found)
         except (ImportError, AttributeError, ValueError) as error:  # ValueError: no dot in the name
             raise ValueError(
                 f"`reward_funcs` names {name!r}, which can't be loaded ({error}). Name one of {list(REWARD_FUNCS)}, "
@@ -142,7 +146,7 @@ def resume_point(training_args: Any) -> str | bool | None:
     return None if value is None or str(value).lower() == "false" else value
 
 
-def train(
+def make_trainer(
     trainer_class: type,
     script_args: ScriptArguments,
     training_args: Any,
@@ -151,7 +155,7 @@ def train(
     reward_funcs: Sequence[str | Callable] = (),
 ) -> Any:
     """
-    Load, train and save what the arguments describe.
+    Load what the arguments describe, up to a trainer that is ready.
 
     Args:
         trainer_class (`type`): e.g. [`CuMASFTTrainer`].
@@ -171,6 +175,7 @@ def train(
         only_grpo["reward_funcs"] = [*load_reward_funcs(script_args), *reward_funcs]
         if not only_grpo["reward_funcs"]:
             raise ValueError("GRPO needs a reward. Name it with `reward_funcs` or `reward_model_name_or_path`.")
+        refuse_vllm(training_args)  # before the data is loaded, too
     dataset = load_data(script_args, dataset_args)
     train_dataset = split_of(dataset, "dataset_train_split", script_args.dataset_train_split)
     eval_dataset = None
@@ -196,6 +201,12 @@ def train(
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
+    return trainer
+
+
+def train(trainer: Any, script_args: ScriptArguments) -> Any:
+    """Train and save. Returns the trainer."""
+    training_args = trainer.args
     trainer.train(resume_from_checkpoint=resume_point(training_args))
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.save_model(training_args.output_dir)
@@ -221,7 +232,8 @@ def run(
         args (`Sequence[str]`, *optional*): by default the command line.
         reward_funcs (`Sequence`): for GRPO, rewards beside those that the recipe names.
     """
-    return train(trainer_class, *parse_strictly(trainer_config, args), reward_funcs=reward_funcs)
+    parsed = parse_strictly(trainer_config, args)
+    return train(make_trainer(trainer_class, *parsed, reward_funcs=reward_funcs), parsed[0])
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -232,10 +244,11 @@ def main(args: Sequence[str] | None = None) -> int:
     name = METHODS[method]
     try:
         parsed = parse_strictly(getattr(trl_cuma, f"CuMA{name}Config"), args, launched=True)
-    except (OSError, ValueError) as error:
+        trainer = make_trainer(getattr(trl_cuma, f"CuMA{name}Trainer"), *parsed)
+    except (NotImplementedError, OSError, ValueError) as error:
         print(f"trl-cuma {method}: error: {error}", file=sys.stderr)
         return 2
-    train(getattr(trl_cuma, f"CuMA{name}Trainer"), *parsed)
+    train(trainer, parsed[0])
     return 0
 
 

@@ -211,3 +211,22 @@ def test_people_are_taught_their_own_answers(make_grpo, grpo_data):
     trainer.train()
     (old_yes, old_no), (young_yes, young_no) = probabilities().tolist()
     assert min(old_yes, young_no) > 0.5 and max(old_no, young_yes) < 0.1
+
+
+def test_a_row_that_a_strict_reward_left_out_has_no_advantage(make_grpo) -> None:
+    """TRL sums what is left of a row: beside rewards below 0, a failure would be the best that can happen."""
+
+    def strict(completions: list[str], **kwargs: Any) -> list[float | None]:
+        return [None if row % 4 == 1 else -3.0 - row for row in range(len(completions))]
+
+    def constant(completions: list[str], **kwargs: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    for none_drops_row in (True, False):
+        strict.none_drops_row = none_drops_row
+        trainer = make_grpo(reward_funcs=[strict, constant], num_generations=4, scale_rewards="none")
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions(list(trainer.train_dataset.select([0] * 4 + [1] * 4)))
+        dropped, others = batch["advantages"][[1, 5]], batch["advantages"][[0, 2, 3, 4, 6, 7]]
+        assert (dropped == 0).all() if none_drops_row else (dropped > 1).all()
+        assert others.abs().max() > 0.5
