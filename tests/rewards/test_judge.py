@@ -128,6 +128,14 @@ def test_metrics_reach_trls_log(make_judge):
     }
 
 
+def test_two_judges_of_one_training_log_under_their_own_names(make_judge):
+    logged: dict[str, float] = {}
+    for judge in (make_judge(), make_judge(name="strict_judge")):
+        judge(["q"], ["in Brazil"], demographic=[BRAZIL], reference=["in Japan"], log_metric=logged.__setitem__)
+    assert judge.__name__ == "strict_judge"
+    assert {key for key in logged if key.endswith("/win_rate")} == {"profile_judge/win_rate", "strict_judge/win_rate"}
+
+
 # ---------------------------------------------------------------------- the cache
 ROW = {"prompts": ["Where is it?"], "completions": ["in Brazil"], "demographic": [BRAZIL], "reference": ["in Japan"]}
 
@@ -236,6 +244,8 @@ def test_errors_name_the_column_and_the_row(make_judge):
     ("setting", "value"),
     [
         ("on_failure", "ignore"),
+        ("on_budget", "ignore"),
+        ("name", ""),
         ("missing_demographics", "zero"),
         ("concurrency", 0),
         ("max_retries", -1),

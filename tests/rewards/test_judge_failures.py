@@ -226,7 +226,7 @@ def test_cached_verdicts_do_not_dilute_the_rate(server, make_judge, tmp_path):
 
 # ---------------------------------------------------------------------- the budget
 def test_the_budget_in_requests_is_kept_and_what_is_over_it_has_no_score(server, make_judge, caplog):
-    judge = make_judge(concurrency=4, max_requests=6, max_failure_rate=0.0)
+    judge = make_judge(concurrency=4, max_requests=6, max_failure_rate=0.0, on_budget="drop", on_failure="stop")
     rewards = judge(**rows(20))
     assert rewards == [0.5] * 3 + [None] * 17
     assert judge.stats.requests == len(server.bodies) == 6
@@ -236,22 +236,22 @@ def test_the_budget_in_requests_is_kept_and_what_is_over_it_has_no_score(server,
     assert len(server.bodies) == 6
 
 
-def test_a_spent_budget_stops_where_failures_stop(server, make_judge, tmp_path):
-    judge = make_judge(concurrency=1, max_requests=4, on_failure="stop", cache_path=tmp_path / "verdicts.sqlite")
+def test_a_spent_budget_stops_by_default_even_where_failures_are_dropped(server, make_judge, tmp_path):
+    judge = make_judge(concurrency=1, max_requests=4, on_failure="drop", cache_path=tmp_path / "verdicts.sqlite")
     assert judge(**rows(2)) == [0.5, 0.5]
     assert judge(**rows(2)) == [0.5, 0.5]  # known: costs nothing
-    with pytest.raises(JudgeError, match=r"budget is spent: 4 requests of `max_requests=4`"):
+    with pytest.raises(JudgeError, match=r"budget is spent: 4 requests of `max_requests=4`.*`on_budget='drop'`"):
         judge(**rows(3))
+    assert len(server.bodies) == 4
 
 
 def test_the_budget_in_tokens_is_kept(server, make_judge):
     server.respond = lambda question: Response("[[C]]", tokens=30)
-    judge = make_judge(concurrency=1, max_tokens=100)
+    judge = make_judge(concurrency=1, max_tokens=100, on_budget="drop")
     assert judge(**rows(4)) == [0.5, 0.5, None, None]  # spent by the fourth request: 120
     assert (judge.stats.requests, judge.stats.tokens, judge.stats.failures) == (4, 120, {"budget": 4})
     with pytest.raises(JudgeError, match=r"120 tokens of `max_tokens=100`"):
-        stopping = make_judge(concurrency=1, max_tokens=100, on_failure="stop")
-        stopping(**rows(4))
+        make_judge(concurrency=1, max_tokens=100)(**rows(4))
 
 
 def test_a_budget_in_tokens_needs_a_server_that_counts_them(server, make_judge):

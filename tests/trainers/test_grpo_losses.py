@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_cuma.adapter.layer import CuMALinear
+from trl_cuma.rewards import GroupLikelihoodReward, ProfileJudge
 
 # Each loss type of TRL 1.16, and each option that changes a loss, in some case.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -214,7 +215,10 @@ def test_people_are_taught_their_own_answers(make_grpo, grpo_data):
 
 
 def test_a_row_that_a_strict_reward_left_out_has_no_advantage(make_grpo) -> None:
-    """TRL sums what is left of a row: beside rewards below 0, a failure would be the best that can happen."""
+    """
+    As those of this package are. TRL sums what is left of a row: beside rewards below 0, a failure would be the best
+    that can happen.
+    """
 
     def strict(completions: list[str], **kwargs: Any) -> list[float | None]:
         return [None if row % 4 == 1 else -3.0 - row for row in range(len(completions))]
@@ -222,6 +226,7 @@ def test_a_row_that_a_strict_reward_left_out_has_no_advantage(make_grpo) -> None
     def constant(completions: list[str], **kwargs: Any) -> list[float]:
         return [0.0] * len(completions)
 
+    assert ProfileJudge.none_drops_row and GroupLikelihoodReward.none_drops_row
     for none_drops_row in (True, False):
         strict.none_drops_row = none_drops_row
         trainer = make_grpo(reward_funcs=[strict, constant], num_generations=4, scale_rewards="none")

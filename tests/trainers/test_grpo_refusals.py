@@ -84,6 +84,7 @@ def test_what_is_relied_on_of_trl():
     expected = {
         "_generate_and_score_completions": ["self", "inputs"],  # a row per completion; returns a dict of tensors
         "_tokenize_prompts": ["self", "prompts"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions"],  # (rows, functions), NaN for None
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields"],
         "_get_per_token_logps_and_entropies": ["self", "model", "input_ids"],
         "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],

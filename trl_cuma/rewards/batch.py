@@ -37,12 +37,18 @@ def plain_text(value: str | Sequence[Mapping[str, Any]]) -> str:
     The text of a prompt or a completion: itself, the content of its only message, or its messages each under its role.
 
     Raises:
-        TypeError: if it is neither text nor messages, or a message holds something else than text.
+        TypeError: if it is neither text nor messages, or a message has no `role`, no `content` (unless it calls tools)
+            or holds something else than text.
     """
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or not all(isinstance(message, Mapping) for message in value):
         raise TypeError(f"expected text or a list of chat messages, got {type(value).__name__}")
+    for message in value:
+        if not isinstance(message.get("role"), str):
+            raise TypeError("expected chat messages with a `role` each, got one without")
+        if "content" not in message and not message.get("tool_calls"):
+            raise TypeError("expected chat messages with a `content` each, got one without")
     contents = [_content_text(message.get("content")) for message in value]
     if len(contents) == 1:
         return contents[0]

@@ -31,7 +31,8 @@ class GroupLikelihoodReward:
     want of one of the fields. Groups are neither shown nor logged.
 
     A completion that is none of the options, read strictly ([`parse_option`]), gets `unparsable_reward`. Such rows are
-    counted; with `None` TRL gives them no advantage, so a policy is not trained away from them.
+    counted. With `None` they are not scored: [`CuMAGRPOTrainer`] leaves a row out of the step if any reward is `None`;
+    TRL's own trainer only if all are, else it sums the others.
 
     The object can be pickled. It reads no file and no network.
 
@@ -59,6 +60,8 @@ class GroupLikelihoodReward:
         dataset = to_sft_dataset(survey, "train", prompt_profile=False)
         trainer = CuMAGRPOTrainer(model, reward_funcs=[reward], args=args, train_dataset=dataset, peft_config=config)
     """
+
+    none_drops_row = True  # read by CuMAGRPOTrainer
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from .verdict_cache import VerdictCache
 
 logger = logging.getLogger(__name__)
 
-_KEY_VERSION = "1"  # raise it when the parser reads replies differently
+_KEY_VERSION = "2"  # raise it when the parser reads replies differently
 _SWAPPED = {"A": "B", "B": "A", "C": "C"}
 
 
@@ -28,15 +28,16 @@ class ProfileJudge:
     reference answer, 0.0 where the reference, 0.5 for a tie, `None` for a row that could not be judged.
 
     The judge is asked twice, with either answer in first place. A win needs both verdicts; where they differ, the row
-    is a tie. `None` is TRL's value for "not scored": such a row gets no advantage, it does not count as a loss. TRL's
-    own `GRPOTrainer` prints a row that no function scored, profile and all; [`CuMAGRPOTrainer`] does not.
+    is a tie. `None` is TRL's value for "not scored". [`CuMAGRPOTrainer`] leaves a row out of the step if any reward is
+    `None`; TRL's own `GRPOTrainer` only if all are, else it sums the others. TRL's also prints a row that no function
+    scored, profile and all; [`CuMAGRPOTrainer`] does not.
 
     Profile, prompt and answers are sent to the endpoint: use one to which you may send them. A verdict is a language
     model's idea of what such a person prefers, so compare some with those of people before training on it.
 
     A failure never becomes a score. It is counted by kind ([`JudgeStats`]), logged as a warning with counts only, and
-    then `on_failure` decides. TRL logs the shares of wins, ties, order disagreements and dropped rows, and of cached
-    verdicts, under `profile_judge/`.
+    then `on_failure` or, for a spent budget, `on_budget` decides. TRL logs the shares of wins, ties, order
+    disagreements and dropped rows, and of cached verdicts, under `profile_judge/`, or the `name` given.
 
     With several processes each has its own `concurrency`, budget and failure rate; a cache is shared.
 
@@ -60,15 +61,17 @@ class ProfileJudge:
         max_retries (`int`): Retries of a request that met a time-out, a lost connection, or the status 408, 409, 429
             or 5xx; after `Retry-After`, or 0.5, 1, 2, … 8 seconds less a random part.
         cache_path (`str` or `os.PathLike`, *optional*): A file that keeps verdicts between runs, by a hash of the
-            question and of everything else that decides the verdict. No text is in it, but who has the file *and* the
-            data can tell which questions were asked.
+            question and of everything else that decides the verdict, salted by the file. No text is in it, but who
+            has the file can tell whether a question that they know or guess was asked: a new file is its owner's only.
         max_requests (`int`, *optional*): The budget in requests; a retry is no further request.
         max_tokens (`int`, *optional*): The budget in tokens of questions and replies. Requests under way when it is
             spent are still paid: `concurrency` of them at most. A reply without `usage` is then a failure.
-        on_failure (`"drop"` or `"stop"`): Whether a failed row gets no score, or a failure raises [`JudgeError`]. This
-            also decides what happens when the budget is spent.
+        on_budget (`"stop"` or `"drop"`): Whether a question over the budget raises [`JudgeError`], or its row gets no
+            score: with `"drop"` the training goes on without the judge.
+        on_failure (`"drop"` or `"stop"`): Whether a failed row gets no score, or a failure raises [`JudgeError`].
         max_failure_rate (`float`): The share of the last 200 requests that may fail, from the 20th on; above it
             [`JudgeError`] is raised whatever `on_failure` says. Cached verdicts and a spent budget don't count.
+        name (`str`): TRL's name for the reward in its logs. Give two judges of one training two names.
 
     Raises:
         ImportError: The `openai` package is not installed.
@@ -79,6 +82,8 @@ class ProfileJudge:
         judge = ProfileJudge("my-judge", base_url="http://localhost:8000/v1", cache_path="verdicts.sqlite")
         trainer = CuMAGRPOTrainer(model, reward_funcs=[judge], args=args, train_dataset=dataset, peft_config=config)
     """
+
+    none_drops_row = True  # read by CuMAGRPOTrainer
 
     def __init__(
         self,
@@ -97,25 +102,30 @@ class ProfileJudge:
         cache_path: str | os.PathLike | None = None,
         max_requests: int | None = None,
         max_tokens: int | None = None,
+        on_budget: Literal["stop", "drop"] = "stop",
         on_failure: Literal["drop", "stop"] = "drop",
         max_failure_rate: float = 0.2,
+        name: str = "profile_judge",
     ) -> None:
         _check_choice("missing_demographics", missing_demographics, ("error", "drop"))
+        _check_choice("on_budget", on_budget, ("stop", "drop"))
         _check_choice("on_failure", on_failure, ("drop", "stop"))
-        for name, value, least in (
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`name` is {name!r}, expected a text for TRL's logs.")
+        for argument, value, least in (
             ("concurrency", concurrency, 1),
             ("max_retries", max_retries, 0),
             ("max_requests", max_requests, 1),
             ("max_tokens", max_tokens, 1),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"`{name}` is {value!r}, expected an integer of at least {least}.")
+                raise ValueError(f"`{argument}` is {value!r}, expected an integer of at least {least}.")
         if not timeout > 0:
             raise ValueError(f"`timeout` is {timeout!r}, expected seconds above 0.")
         if not 0 <= max_failure_rate <= 1:
             raise ValueError(f"`max_failure_rate` is {max_failure_rate!r}, expected a share between 0 and 1.")
         check_template(template)
-        self.__name__ = "profile_judge"  # TRL's name for the reward in its logs
+        self.__name__ = name  # TRL's name for the reward in its logs
         self.template = template
         self.demographic_column = demographic_column
         self.reference_column = reference_column
@@ -134,6 +144,7 @@ class ProfileJudge:
         self._ledger = JudgeLedger(
             max_requests=max_requests,
             max_tokens=max_tokens,
+            on_budget=on_budget,
             on_failure=on_failure,
             max_failure_rate=max_failure_rate,
         )
@@ -167,7 +178,7 @@ class ProfileJudge:
         Raises:
             ValueError: A column is absent, or a row has no profile or no reference.
             TypeError: A row holds something that is neither text nor messages, or no profile.
-            JudgeError: See `on_failure` and `max_failure_rate`.
+            JudgeError: See `on_budget`, `on_failure` and `max_failure_rate`.
         """
         before = self.stats
         profiles = self._profiles(read_column(columns, self.demographic_column, "demographic_column"))

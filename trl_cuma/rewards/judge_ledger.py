@@ -55,10 +55,17 @@ class JudgeLedger:
     """
 
     def __init__(
-        self, *, max_requests: int | None, max_tokens: int | None, on_failure: str, max_failure_rate: float
+        self,
+        *,
+        max_requests: int | None,
+        max_tokens: int | None,
+        on_budget: str,
+        on_failure: str,
+        max_failure_rate: float,
     ) -> None:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
+        self.on_budget = on_budget
         self.on_failure = on_failure
         self.max_failure_rate = max_failure_rate
         self._lock = threading.Lock()  # guards what follows
@@ -82,7 +89,7 @@ class JudgeLedger:
         Count a request that is about to be sent; `False` if the budget does not allow it.
 
         Raises:
-            JudgeError: it does not, and `on_failure` is `"stop"`.
+            JudgeError: it does not, and `on_budget` is `"stop"`.
         """
         with self._lock:
             spent = self._spent_budget()
@@ -90,8 +97,11 @@ class JudgeLedger:
                 self._stats.requests += 1
                 return True
             self._stats.failures["budget"] += 1
-            if self.on_failure == "stop":
-                raise JudgeError(f"The judge's budget is spent: {spent}. Raise it, or set `on_failure='drop'`.")
+            if self.on_budget == "stop":
+                raise JudgeError(
+                    f"The judge's budget is spent: {spent}. Raise it, or set `on_budget='drop'` to leave what is over "
+                    "it unscored."
+                )
             return False
 
     def end_request(self, failure: str | None, tokens: int | None) -> None:
