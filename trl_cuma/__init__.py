@@ -35,19 +35,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-_TRAINERS = (
-    "CuMADPOConfig",
-    "CuMADPOTrainer",
-    "CuMAGRPOConfig",
-    "CuMAGRPOTrainer",
-    "CuMAKTOConfig",
-    "CuMAKTOTrainer",
-    "CuMARewardConfig",
-    "CuMARewardTrainer",
-    "CuMASFTConfig",
-    "CuMASFTTrainer",
-)
-
 __all__ = [
     "CuMAConfig",
     "CuMADPOConfig",
@@ -74,6 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINERS:
+    if name in __all__:  # the others are there already: these are the trainers'
         return getattr(import_module(".trainers", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

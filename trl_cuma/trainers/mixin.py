@@ -86,10 +86,10 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
             config.task_type = self.task_type
         self._routed = config.routing != "semantic"
         self._check_before_loading(config, args, kwargs)
+        named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         if self._routed:
-            evals = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
             self._refuse_what_loses_profiles(args, train_dataset)
-            if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evals)):
+            if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *named.values())):
                 args.accelerator_config.dispatch_batches = False  # as TRL does for a training set
             check_demographic_column(train_dataset, args.demographic_column, "training")
         if saved is not None:
@@ -107,7 +107,6 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
         if self._routed:
             with args.main_process_first(desc="demographic encoder"):
                 encoder = resolve_encoder(config, demographic_encoder, train_dataset, args)
-            named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
             datasets = {"training": train_dataset, **{k: v for k, v in named.items() if v is not None}}
             self.demographic_table = build_table(config, encoder, datasets, args)
             if args.cuma_reset_router:
