@@ -217,12 +217,16 @@ def test_growing_in_bfloat16_is_exact_up_to_its_rounding(make_model, make_batch,
     model, batch = make_model(share_a=share_a).bfloat16(), make_batch()
     experts = model.base_model.model.model.layers[0].self_attn.q_proj.cuma_experts["default"]
     seen = []
-    experts.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
-    model(**batch)
+    experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+
+    def residual(top_k: int) -> torch.Tensor:
+        model(**batch)
+        return experts.forward(*seen[-1], torch.zeros(3, 6, len(experts.weight_b), dtype=torch.bfloat16), top_k)
+
+    before = residual(2)
     grow_experts(model, 8)
     assert {p.dtype for name, p in model.named_parameters() if "cuma" in name} == {torch.bfloat16}
-    model(**batch)
-    (_, _, before), (x, gates, after) = seen
+    after, (x, gates) = residual(4), seen[-1]
     low = F.linear(x, experts.weight_a)
     low = low.unsqueeze(-2) if share_a else low.unflatten(-1, (8, -1))
     terms = F.linear((low * gates.unsqueeze(-1)).flatten(-2).double().abs(), experts.weight_b.double().abs())

@@ -66,17 +66,58 @@ def test_the_other_cases_compile_to_one_graph(make_model, make_batch, case) -> N
     assert_compiles_to_one_graph(make_model, make_batch, *case)
 
 
-@pytest.mark.slow
-def test_router_losses_break_the_graph_in_the_same_places_for_everyone(make_model, make_batch, variant) -> None:
-    """Their gradient waits for `backward()`, so a router's statistics stay eager; a second batch compiles nothing."""
-    model, twin = (make_model(**variant, base=ONE_LAYER).train() for _ in range(2))
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter)
-    graphs = []
-    for seed in (0, 1):
-        assert_equals_eager(compiled, model, twin, make_batch(seed=seed) | {"output_router_losses": "local"})
-        graphs.append(counter.frame_count)
-    assert graphs[0] == graphs[1] > 1
+def test_router_losses_are_part_of_the_graph(make_model, make_batch) -> None:
+    model, twin = (make_model(base=ONE_LAYER).train() for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):
+            batch = make_batch(seed=seed, lengths=[6, 3, 4]) | {"output_router_losses": "local"}
+            assert_equals_eager(compiled, model, twin, batch)
+            without = gradients(twin, twin, {k: v for k, v in batch.items() if k != "output_router_losses"})
+            router = next(name for name in without if "router" in name and "rest" in name)
+            assert (gradients(twin, twin, batch)[router] - without[router]).abs().max() > 1e-4  # it has a part
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"routing": "demographic"}, {"routing": "demographic", "share_a": True}],
+    ids=["joint", "demographic", "demographic-shared-a"],
+)
+def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, fields: dict) -> None:
+    model, twin = (make_model(**fields, base=ONE_LAYER).train() for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    assert_equals_eager(compiled, model, twin, make_batch(rows=3, length=7))  # no size of the model, which is fixed
+    graphs = counter.frame_count
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, length in ((4, 9), (2, 17), (5, 8)):
+            assert_equals_eager(compiled, model, twin, make_batch(rows=rows, length=length, seed=rows))
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("fields", [{}, {"routing": "demographic"}], ids=["joint", "demographic"])
+def test_decoding_compiles_once_for_all_people(make_model, make_batch, fields: dict) -> None:
+    """With a static cache one graph decodes every token for everyone: what a CUDA graph needs."""
+    model, twin = (make_model(**fields, base=ONE_LAYER).eval() for _ in range(2))
+    base, counter = model.get_base_model(), CompileCounterWithBackend("aot_eager")
+    base.forward = torch.compile(base.forward, fullgraph=True, backend=counter)
+
+    def answer(which: PeftModel, seed: int) -> torch.Tensor:
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+        out = which.generate(
+            **make_batch(seed=seed), **options, disable_compile=True, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(out.logits)
+
+    torch.testing.assert_close(answer(model, 0), answer(twin, 0), **SAME)
+    graphs = counter.frame_count
+    assert graphs <= 3  # the prompt, one token, and at most one more for the cache's first state
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            torch.testing.assert_close(answer(model, seed), answer(twin, seed), **SAME)
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.slow

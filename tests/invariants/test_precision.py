@@ -14,11 +14,11 @@ from peft import PeftModel
 from trl_cuma.adapter import router
 from trl_cuma.testing import tiny_model
 
-top_k_assignments = router.top_k_assignments
+choose_experts = router.choose_experts
 
 
 class Choices:
-    """Stands in for `top_k_assignments`: keeps each call's logits and choice, and may return another run's choice."""
+    """Stands in for `choose_experts`: keeps each call's logits and choice, and may return another run's choice."""
 
     def __init__(self, replayed: "Choices | None" = None) -> None:
         self.replayed = replayed
@@ -27,7 +27,7 @@ class Choices:
 
     def __call__(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
         self.logits.append(logits.double())
-        self.own.append(top_k_assignments(logits, top_k))
+        self.own.append(choose_experts(logits, top_k).sort(-1).values)
         return self.own[-1] if self.replayed is None else self.replayed.own[len(self.own) - 1]
 
     def share_unlike(self, other: "Choices") -> float:
@@ -41,7 +41,7 @@ def run(monkeypatch):
     def call(model, batch: dict, replayed: Choices | None = None) -> tuple[torch.Tensor, Choices]:
         choices = Choices(replayed)
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(router, "top_k_assignments", choices)
+            patch.setattr(router, "choose_experts", choices)
             return model(**batch).logits.double(), choices
 
     return call

@@ -50,6 +50,8 @@ class Conditioning:
         self.expand = expand
         self.broadcast = broadcast
         self.losses = losses
+        # Of a `generate`: what the profiles alone decide, by router and by experts; see `CuMALinear.prepare`.
+        self.prepared: dict[nn.Module, Any] = {}
         # The layers of a router group get the very same input tensor: the last router's gates are theirs.
         self.last_gates: tuple[CuMARouter, torch.Tensor, torch.Tensor] | None = None
 
@@ -74,14 +76,21 @@ class Conditioning:
                     f"{(batch, seq)}. Pass one id per token."
                 )
             return F.embedding(self.ids.to(part.device).clamp(min=0), part)  # of padding nothing is read
-        if not self.broadcast and part.shape[0] != batch:
-            if not (self.expand and batch % part.shape[0] == 0):
-                raise ValueError(
-                    f"`demographic_embeds` has {part.shape[0]} rows but the batch has {batch}. Pass one row per "
-                    "sample, in the batch's order."
-                )
-            part = part.repeat_interleave(batch // part.shape[0], dim=0)
+        repeats = self.repeats(part.shape[0], batch)
+        if repeats > 1 and not self.broadcast:
+            part = part.repeat_interleave(repeats, dim=0)
         return part.unsqueeze(1)
+
+    def repeats(self, profiles: int, batch: int) -> int:
+        """How many rows of the batch each profile has, one after the other."""
+        if batch == profiles or self.broadcast:
+            return batch // profiles
+        if not (self.expand and batch % profiles == 0):
+            raise ValueError(
+                f"`demographic_embeds` has {profiles} rows but the batch has {batch}. Pass one row per sample, in the "
+                "batch's order."
+            )
+        return batch // profiles
 
 
 class ConditioningStack:
@@ -139,6 +148,8 @@ class CheckpointWithConditioning:
         conditioning = self.stack.current
         if conditioning is None:
             return self.checkpoint(function, *args, **kwargs)
+        if conditioning.losses is not None:
+            conditioning.losses.checkpointed = True
         names = list(conditioning.profiles)
 
         def run(*values: Any) -> Any:

@@ -122,6 +122,11 @@ class CuMAConfig(PeftConfig):
     # Not a field: it isn't saved.
     source = None
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many of a token's gates are not zero, at most."""
+        return self.num_experts if self.gate == "soft" else self.top_k
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any

@@ -6,8 +6,19 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from .dispatch import MixSorted, can_sort
+from .fused import (
+    MixByRow,
+    MixByToken,
+    MixChosenByRow,
+    add_product,
+    call,
+    chosen_factors,
+    compute_dtype,
+    mixed_b,
+)
 
 
 class CuMAExperts(nn.Module):
@@ -35,17 +46,64 @@ class CuMAExperts(nn.Module):
         if not init_weights:
             nn.init.normal_(self.weight_b, std=0.02)
 
-    def forward(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        gates: torch.Tensor,
+        base: torch.Tensor,
+        top_k: int,
+        scaling: float = 1.0,
+        in_place: bool = False,
+    ) -> torch.Tensor:
         """
-        `sum_i g_i B_i A_i x`.
+        `base + scaling · sum_i g_i B_i A_i x`, by the cheapest way for these shapes. The arithmetic is done in the
+        parameters' dtype, or autocast's.
 
         Args:
             x (`torch.Tensor`): `(..., in_features)`.
             gates (`torch.Tensor`): `(..., experts)`, broadcasts with `x` in all but the last dimension.
+            base (`torch.Tensor`): `(..., out_features)`, the frozen layer's result.
+            top_k (`int`): how many of a token's gates are not zero, at most.
+            scaling (`float`): a factor on the experts' part.
+            in_place (`bool`): whether the result may be written into `base`.
 
         Returns:
-            `torch.Tensor`: `(..., out_features)`.
+            `torch.Tensor`: `(..., out_features)`, in base's dtype.
         """
-        low = F.linear(x, self.weight_a)
-        low = low.unsqueeze(-2) if self.share_a else low.unflatten(-1, (self.num_experts, self.r))
-        return F.linear((low * gates.to(low.dtype).unsqueeze(-1)).flatten(-2), self.weight_b)
+        a, b = self.weight_a, self.weight_b
+        dtype = compute_dtype(x, a)
+        if x.dim() == gates.dim() == 3 and gates.shape[1] == 1 < x.shape[1]:
+            # A row's own low-rank product costs `experts / seq` of what it saves: nothing is saved at one token a row.
+            one = len(gates) != len(x)  # one gate vector for all rows
+            rows, base_rows = (t.flatten(0, 1).unsqueeze(0) if one else t for t in (x, base))
+            arguments = (base_rows, rows, a, b, gates.squeeze(1))
+            if self.share_a:
+                return call(MixByRow, *arguments, scaling, dtype, in_place).view_as(base)
+            if top_k < self.num_experts:
+                return call(MixChosenByRow, *arguments, top_k, scaling, dtype, in_place).view_as(base)
+        gates = gates.expand(*x.shape[:-1], -1)
+        if can_sort(x, b, self.num_experts, top_k, dtype):
+            return call(MixSorted, base, x, a, b, gates, top_k, scaling, dtype, in_place)
+        return call(MixByToken, base, x, a, b, gates, scaling, dtype, in_place)
+
+    def product(self, gates: torch.Tensor, top_k: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        The low-rank product that the experts collapse to under fixed gates, one for each row of `gates`
+        `(profiles, experts)`: `A` `(r, in_features)`, or `(profiles, top_k · r, in_features)` with separate A, and `B`
+        `(profiles, out_features, ·)`. `None` where these are larger than the experts: then reading them costs more.
+        """
+        dtype = compute_dtype(gates, self.weight_a)
+        if len(gates) * (1 if self.share_a else top_k) > self.num_experts:
+            return None
+        if self.share_a:
+            return self.weight_a.to(dtype), mixed_b(self.weight_b, gates * scaling, dtype)
+        return chosen_factors(self.weight_a, self.weight_b, gates, top_k, scaling, dtype)
+
+    def add_product(
+        self, x: torch.Tensor, base: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor], in_place: bool
+    ) -> torch.Tensor:
+        """`base + B A x` for an `x` `(profiles · n, ..., in_features)` whose profiles' rows follow one another."""
+        a, b = product
+        rows, base_rows = (t.reshape(len(b), -1, t.shape[-1]) for t in (x, base))
+        low = rows.to(a.dtype) @ a.transpose(-1, -2)
+        return add_product(base_rows, low, b.transpose(1, 2), in_place).view_as(base)

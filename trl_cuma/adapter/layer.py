@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from .conditioning import ConditioningStack
+from .conditioning import Conditioning, ConditioningStack
 from .config import CuMAConfig
 from .experts import CuMAExperts
 from .router import CuMARouter, compute_gates
@@ -84,15 +85,24 @@ class CuMALinear(nn.Module, CuMALayer):
         active = [name for name in self.active_adapters if name in self.cuma_experts]
         if self.disable_adapters or not active:
             return result
-        dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        # Its own fresh tensor, unless somebody who watches the base layer may have kept it. A compiler, which may not
+        # see a write into an input, does without by itself.
+        watched = self.base_layer._forward_hooks or nn.modules.module._global_forward_hooks
+        in_place = not watched and not torch.compiler.is_compiling()
+        prepared = {} if self._conditioning.current is None else self._conditioning.current.prepared
         for name in active:
-            experts = self.cuma_experts[name]
-            value = self._cast_input_dtype(x, experts.weight_a.dtype)
-            residual = experts(self.cuma_dropout[name](value), self.gates(name, x))
-            result = result + residual * self.scaling[name]
-        return result.to(dtype)
+            experts, dropout, value = self.cuma_experts[name], self.cuma_dropout[name], x
+            if isinstance(dropout, nn.Dropout):  # without it the experts cast for themselves, and keep no copy
+                value = dropout(self._cast_input_dtype(x, experts.weight_a.dtype))
+            if experts in prepared:
+                self._conditioning.current.repeats(len(prepared[experts][1]), len(x))  # or it says what doesn't fit
+                result = experts.add_product(value, result, prepared[experts], in_place)
+            else:
+                top_k = self.config[name].experts_per_token
+                result = experts(value, self.gates(name, x), result, top_k, self.scaling[name], in_place)
+        return result
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Gates `(..., experts)` for the layer's input `x` `(..., in_features)`, under the running call's profiles."""
@@ -105,7 +115,7 @@ class CuMALinear(nn.Module, CuMALayer):
         batch_shape = conditioning.batch_shape if conditioning is not None else None
         hidden = _as_batch_seq(x, batch_shape)
         if config.routing == "semantic":
-            logits = router(hidden, None, gather=None)
+            logits = router(hidden, None)
         elif conditioning is None or adapter_name not in conditioning.profiles:
             raise ValueError(
                 "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one "
@@ -114,7 +124,10 @@ class CuMALinear(nn.Module, CuMALayer):
             )
         else:
             logits = router(
-                hidden, conditioning.profiles[adapter_name], gather=lambda part: conditioning.gather(part, hidden)
+                hidden,
+                conditioning.profiles[adapter_name],
+                gather=lambda part: conditioning.gather(part, hidden),
+                profile_part=conditioning.prepared.get(router),
             )
         gates = compute_gates(logits, config.gate, config.top_k)
         if conditioning is not None and conditioning.losses is not None:
@@ -124,6 +137,26 @@ class CuMALinear(nn.Module, CuMALayer):
         if conditioning is not None:
             conditioning.last_gates = (router, x, gates)
         return gates
+
+    @torch.no_grad()
+    def prepare(self, conditioning: Conditioning) -> None:
+        """
+        Before decoding, compute what the profiles alone decide, once per generation instead of once per token: the
+        router's part of them, and with `routing="demographic"` the low-rank product that the experts collapse to.
+        """
+        for name in self.active_adapters:
+            if name not in self.cuma_experts or name not in conditioning.profiles:
+                continue
+            config, router, experts = self.config[name], self.shared_router[name], self.cuma_experts[name]
+            if not (_is_whole(router) and _is_whole(experts)):
+                continue
+            if router not in conditioning.prepared:
+                conditioning.prepared[router] = router(None, conditioning.profiles[name])
+            if config.routing == "demographic":
+                gates = compute_gates(conditioning.prepared[router], config.gate, config.top_k)
+                product = experts.product(gates, config.experts_per_token, self.scaling[name])
+                if product is not None:
+                    conditioning.prepared[experts] = product
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise_not_mergeable()
@@ -141,6 +174,14 @@ def raise_not_mergeable() -> NoReturn:
     raise NotImplementedError(
         "A CuMA adapter cannot be merged into its base: its gates depend on the input and on the person. Keep it as "
         "an adapter, or use `unload()` to get the base model back."
+    )
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether all parameters are here: if sharded or offloaded, they are so within their layer's forward only."""
+    return all(
+        parameter.numel() and not parameter.is_meta and not isinstance(parameter, DTensor)
+        for parameter in module.parameters()
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .router import top_k_assignments
+from .router import choose_experts
 
 
 def document_weights(
@@ -108,7 +108,9 @@ def expert_shares(logits: torch.Tensor, gate: str, top_k: int) -> torch.Tensor:
     What each expert gets of a token, `(..., experts)`, sums to 1: 1/k for the k chosen ones. For `"soft"`, which
     chooses all, the probability itself: with 1/E the balance loss would be constant.
     """
-    return logits.softmax(-1) if gate == "soft" else top_k_assignments(logits, top_k).to(logits.dtype) / top_k
+    if gate == "soft":
+        return logits.softmax(-1)
+    return torch.zeros_like(logits).scatter(-1, choose_experts(logits, top_k), 1 / top_k)
 
 
 class RouterLosses:
@@ -141,12 +143,24 @@ class RouterLosses:
         self._load: dict[nn.Module, torch.Tensor] = {}
         self._scale: dict[str, torch.Tensor] = {}
         self._collecting = True
+        self._injected = False
+        self.checkpointed = False  # set where a checkpointed call observes, which is run again
 
-    @torch.compiler.disable  # dynamo would trace the backward now, with the scale that only `backward()` brings
     def observe(
         self, router: nn.Module, logits: torch.Tensor, gates: torch.Tensor, gate: str, top_k: int
     ) -> torch.Tensor:
         """Take in one router's logits; returns `gates` unchanged, with the losses' gradient attached."""
+        if torch.compiler.is_compiling() and not self.checkpointed:
+            # In one graph with the loss, whose gradient needs no detour.
+            self._records.setdefault(router, []).append(router_statistics(logits, gate, top_k, self.weights))
+            return gates
+        return self._inject(router, logits, gates, gate, top_k)
+
+    @torch.compiler.disable  # dynamo would trace the backward now, with the scale that only `backward()` brings
+    def _inject(
+        self, router: nn.Module, logits: torch.Tensor, gates: torch.Tensor, gate: str, top_k: int
+    ) -> torch.Tensor:
+        self._injected = True
         statistics = router_statistics(logits, gate, top_k, self.weights)
         if self._collecting:
             detached = (
@@ -187,7 +201,7 @@ class RouterLosses:
             load = self._mean_over_ranks(load)
         self._load = dict(zip(self._records, load.unbind(), strict=True))
         values = {"aux_loss": load_balancing_loss(load, mean("importance")).mean(), "z_loss": mean("z_loss").mean()}
-        if torch.is_grad_enabled():
+        if self._injected and torch.is_grad_enabled():
             values = {name: value + self._probe(name, value) for name, value in values.items()}
         return {**values, "router_load": load, "router_entropy": mean("entropy").mean()}
 

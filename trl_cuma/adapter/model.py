@@ -229,8 +229,14 @@ class CuMAModel(BaseTuner):
                 f"`demographic_embeds` has {demographic_embeds.shape[0]} rows but there are {prompts.shape[0]} "
                 "prompts. Pass one row per prompt; beams and `num_return_sequences` are taken care of."
             )
+        if given and torch.equal(demographic_embeds, demographic_embeds[:1].expand_as(demographic_embeds)):
+            demographic_embeds = demographic_embeds[:1]  # one person: with demographic routing, one product for all
         # Also without profiles: an encoder is called by itself, where no hook could say what their lack means.
-        with self._conditioning.use(self._condition(demographic_embeds, expand=True)):
+        conditioning = self._condition(demographic_embeds, expand=True)
+        for module in self.model.modules():
+            if isinstance(module, CuMALinear):
+                module.prepare(conditioning)
+        with self._conditioning.use(conditioning):
             return self.model.generate(*args, **kwargs)
 
     def _condition(self, embeds: torch.Tensor | None, **kwargs: Any) -> Conditioning:
@@ -320,8 +326,13 @@ def demographic_projection(config: CuMAConfig) -> nn.Linear:
     return projection
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a compiler cannot make a class
 def _with_fields(output_class: type[ModelOutput], names: tuple[str, ...]) -> type[ModelOutput]:
+    return _make_with_fields(output_class, names)
+
+
+@functools.cache
+def _make_with_fields(output_class: type[ModelOutput], names: tuple[str, ...]) -> type[ModelOutput]:
     """`output_class` with more optional fields."""
     new = [(name, Any, field(default=None)) for name in names if name not in output_class.__dataclass_fields__]
     namespace = {"__module__": __name__}

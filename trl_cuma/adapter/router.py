@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .fused import call, compute_dtype
 
 GATES = ("topk_softmax", "softmax_topk", "soft", "double_softmax")
 
@@ -28,9 +33,9 @@ def check_gate(gate: str, top_k: int, num_experts: int) -> None:
         )
 
 
-def top_k_assignments(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Boolean mask `(..., experts)` of each token's `top_k` largest logits; exactly `top_k` are set, ties included."""
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, True)
+def choose_experts(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Each token's experts `(..., top_k)`, those of its largest logits `(..., experts)`."""
+    return logits.topk(top_k, dim=-1).indices
 
 
 def compute_gates(logits: torch.Tensor, gate: str = "topk_softmax", top_k: int = 2) -> torch.Tensor:
@@ -65,13 +70,12 @@ def compute_gates(logits: torch.Tensor, gate: str = "topk_softmax", top_k: int =
         return logits.softmax(-1)
     if not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"`top_k` must be between 1 and the number of experts {logits.shape[-1]}, got {top_k}.")
-    chosen = top_k_assignments(logits, top_k)
-    if gate == "topk_softmax":
-        return logits.masked_fill(~chosen, -torch.inf).softmax(-1)
-    probabilities = logits.softmax(-1)
-    if gate == "softmax_topk":
-        return probabilities.masked_fill(~chosen, 0.0)
-    return probabilities.masked_fill(~chosen, -torch.inf).softmax(-1)
+    scores = logits if gate == "topk_softmax" else logits.softmax(-1)
+    chosen = choose_experts(logits, top_k)
+    values = scores.gather(-1, chosen)
+    if gate != "softmax_topk":
+        values = values.softmax(-1)
+    return torch.zeros_like(logits).scatter(-1, chosen, values)
 
 
 class CuMARouter(nn.Module):
@@ -101,9 +105,8 @@ class CuMARouter(nn.Module):
         )
         self.bias = nn.Parameter(torch.empty(width))
         sizes = [hidden] * (layers - 1) + [num_experts]
-        self.rest = nn.Sequential(
-            *(module for i in range(layers - 1) for module in (nn.ReLU(), nn.Linear(hidden, sizes[i + 1])))
-        )
+        linears = [_Float32Linear(hidden, size) for size in sizes[1:]]
+        self.rest = nn.Sequential(*(module for linear in linears for module in (nn.ReLU(inplace=True), linear)))
         self._reset_first_layer()
 
     def reset(self, demographic_features: int) -> None:
@@ -127,23 +130,89 @@ class CuMARouter(nn.Module):
         bound = 1 / math.sqrt(sum(weight.shape[1] for weight in weights))
         nn.init.uniform_(self.bias, -bound, bound)
 
+    def profile_part(self, demographic: torch.Tensor) -> torch.Tensor:
+        """
+        What a router needs of the profiles `(profiles, demographic_features)`: the profile's half of its first layer,
+        `(profiles, width)`; the logits `(profiles, experts)` where it reads nothing else. In float32 at least.
+        """
+        dtype = at_least_float32(self.bias.dtype)
+        demographic = demographic.to(self.bias.device, dtype)
+        with _without_autocast(demographic):
+            part = F.linear(demographic, self.demographic_weight.to(dtype), self.bias.to(dtype))
+            return part if self.hidden_weight is not None else self.rest(part)
+
     def forward(
-        self, hidden: torch.Tensor, demographic: torch.Tensor | None, gather: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        hidden: torch.Tensor | None,
+        demographic: torch.Tensor | None,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        profile_part: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            hidden (`torch.Tensor`): `(batch, seq, in_features)`.
+            hidden (`torch.Tensor`, *optional*): `(batch, seq, in_features)`; `None` to get `profile_part` alone.
             demographic (`torch.Tensor`, *optional*): `(profiles, demographic_features)`; `None` for a router that
                 reads no profile.
-            gather (`Callable`): turns `(profiles, n)` into a tensor that broadcasts with `(batch, seq, n)`.
+            gather (`Callable`, *optional*): turns `(profiles, n)` into what broadcasts with `(batch, seq, n)`.
+            profile_part (`torch.Tensor`, *optional*): what an earlier call returned for these profiles.
 
         Returns:
-            `torch.Tensor`: logits `(batch, seq, experts)`; `(batch, 1, experts)` where they are equal along a row.
+            `torch.Tensor`: logits `(batch, seq, experts)`, in float32 at least; `(batch, 1, experts)` where they are
+            equal along a row.
         """
-        dtype = self.bias.dtype
-        if self.demographic_weight is None:
-            return self.rest(F.linear(hidden.to(dtype), self.hidden_weight, self.bias))
-        profile_part = F.linear(demographic.to(self.bias), self.demographic_weight, self.bias)
+        if self.demographic_weight is not None and profile_part is None:
+            profile_part = self.profile_part(demographic)
+        if hidden is None:
+            return profile_part
         if self.hidden_weight is None:
-            return gather(self.rest(profile_part))
-        return self.rest(F.linear(hidden.to(dtype), self.hidden_weight) + gather(profile_part))
+            return gather(profile_part)
+        first = call(ProjectHidden, hidden, self.hidden_weight, compute_dtype(hidden, self.hidden_weight))
+        with _without_autocast(hidden):
+            return self.rest(first + (self.bias.to(first.dtype) if profile_part is None else gather(profile_part)))
+
+
+class ProjectHidden(torch.autograd.Function):
+    """
+    `W h` in float32 at least, for hidden states `(..., in)` that stay in the dtype they have: none of them is kept in
+    another one for the backward, and with low-precision operands only the sums are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = dtype
+        tokens, factor = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype).t()
+        if dtype.itemsize < 4 and hidden.is_cuda:
+            product = torch.mm(tokens, factor, out_dtype=torch.float32)
+        else:
+            product = (tokens @ factor).to(at_least_float32(dtype))
+        return product.view(*hidden.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
+        d_hidden = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = (gradient @ weight.to(ctx.dtype)).to(hidden.dtype).view(hidden.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = (gradient.t() @ hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)).to(weight.dtype)
+        return d_hidden, d_weight, None
+
+
+class _Float32Linear(nn.Linear):
+    """A linear layer of a router: it computes in its input's dtype, float32 at least, whatever its parameters'."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _without_autocast(like: torch.Tensor) -> AbstractContextManager:
+    device = like.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
