@@ -25,10 +25,11 @@ class Choices:
         self.logits: list[torch.Tensor] = []
         self.own: list[torch.Tensor] = []
 
-    def __call__(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.logits.append(logits.double())
-        self.own.append(choose_experts(logits, top_k).sort(-1).values)
-        return self.own[-1] if self.replayed is None else self.replayed.own[len(self.own) - 1]
+        self.own.append(choose_experts(logits, top_k)[1].sort(-1).values)
+        chosen = self.own[-1] if self.replayed is None else self.replayed.own[len(self.own) - 1]
+        return logits.gather(-1, chosen), chosen
 
     def share_unlike(self, other: "Choices") -> float:
         """Share of (token, router) whose set of experts is another."""

@@ -46,11 +46,21 @@ class RouterSpy:
                 self.phase = "loss" if torch.is_grad_enabled() else model.active_adapters[0]
             return result
 
-        def forward(router: CuMARouter, hidden: torch.Tensor, demographic: torch.Tensor, gather: Callable) -> Any:
+        def forward(
+            router: CuMARouter,
+            hidden: torch.Tensor | None,
+            demographic: torch.Tensor,
+            gather: Callable | None = None,
+            profile_part: torch.Tensor | None = None,
+        ) -> Any:
+            if hidden is None:  # before decoding, for each profile once
+                return route(router, hidden, demographic)
+            if profile_part is not None:
+                torch.testing.assert_close(profile_part, router.profile_part(demographic))
             routed_by = gather(demographic)[:, 0, 0].tolist()
             assert routed_by == self.people, f"{self.phase}: rows of {self.people} are routed by {routed_by}"
             self.seen.setdefault(self.phase, []).append(self.people)
-            return route(router, hidden, demographic, gather)
+            return route(router, hidden, demographic, gather, profile_part)
 
         monkeypatch.setattr(CuMAModel, "_begin_forward", begin_forward)
         monkeypatch.setattr(CuMARouter, "forward", forward)

@@ -81,7 +81,8 @@ class CuMAExperts(nn.Module):
                 return call(MixByRow, *arguments, scaling, dtype, in_place).view_as(base)
             if top_k < self.num_experts:
                 return call(MixChosenByRow, *arguments, top_k, scaling, dtype, in_place).view_as(base)
-        gates = gates.expand(*x.shape[:-1], -1)
+        if gates.shape[:-1] != x.shape[:-1]:
+            gates = gates.expand(*x.shape[:-1], -1)
         if can_sort(x, b, self.num_experts, top_k, dtype):
             return call(MixSorted, base, x, a, b, gates, top_k, scaling, dtype, in_place)
         return call(MixByToken, base, x, a, b, gates, scaling, dtype, in_place)

@@ -59,7 +59,7 @@ class MixByToken(torch.autograd.Function):
         z = as_tokens(x).to(dtype) @ a.to(dtype).t()
         ctx.save_for_backward(x, a, b, gates, *([z] if a.shape[0] == r else []))
         ctx.scaling, ctx.dtype = scaling, dtype
-        u = z.unflatten(1, (-1, r)) * _scaled(gates, scaling, dtype)  # (tokens, experts, r)
+        u = z.view(-1, z.shape[1] // r, r) * _scaled(gates, scaling, dtype)  # (tokens, experts, r)
         return add_product(base, u.flatten(1), b.to(dtype).t(), in_place)
 
     @staticmethod

@@ -110,7 +110,7 @@ def expert_shares(logits: torch.Tensor, gate: str, top_k: int) -> torch.Tensor:
     """
     if gate == "soft":
         return logits.softmax(-1)
-    return torch.zeros_like(logits).scatter(-1, choose_experts(logits, top_k), 1 / top_k)
+    return torch.zeros_like(logits).scatter(-1, choose_experts(logits, top_k)[1], 1 / top_k)
 
 
 class RouterLosses:

@@ -33,9 +33,9 @@ def check_gate(gate: str, top_k: int, num_experts: int) -> None:
         )
 
 
-def choose_experts(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Each token's experts `(..., top_k)`, those of its largest logits `(..., experts)`."""
-    return logits.topk(top_k, dim=-1).indices
+def choose_experts(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's largest logits, of `(..., experts)`, and whose they are, both `(..., top_k)`."""
+    return logits.topk(top_k, dim=-1)
 
 
 def compute_gates(logits: torch.Tensor, gate: str = "topk_softmax", top_k: int = 2) -> torch.Tensor:
@@ -70,9 +70,9 @@ def compute_gates(logits: torch.Tensor, gate: str = "topk_softmax", top_k: int =
         return logits.softmax(-1)
     if not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"`top_k` must be between 1 and the number of experts {logits.shape[-1]}, got {top_k}.")
-    scores = logits if gate == "topk_softmax" else logits.softmax(-1)
-    chosen = choose_experts(logits, top_k)
-    values = scores.gather(-1, chosen)
+    values, chosen = choose_experts(logits, top_k)
+    if gate != "topk_softmax":
+        values = logits.softmax(-1).gather(-1, chosen)
     if gate != "softmax_topk":
         values = values.softmax(-1)
     return torch.zeros_like(logits).scatter(-1, chosen, values)
