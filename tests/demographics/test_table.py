@@ -92,6 +92,35 @@ def test_errors_name_the_rows_of_the_column_not_of_the_unique_profiles(fields):
         DemographicTable(fields).add([PEOPLE[0], PEOPLE[0], {"home": {}}])
 
 
+def test_each_distinct_value_is_read_once_for_all_its_rows(fields, monkeypatch):
+    read = []
+    original = DemographicProfile.from_value
+
+    def spy(value):
+        read.extend([value] if isinstance(value, dict) else [])  # and not what was read and is encoded
+        return original(value)
+
+    monkeypatch.setattr(DemographicProfile, "from_value", spy)
+    table = DemographicTable(fields)
+    ids = table.lookup([dict(person) for person in PEOPLE * 50])
+    assert len(read) == len(PEOPLE) == 6 and ids.tolist() == [0, 1, 2, 3, 4, 5] * 50
+    table.lookup(PEOPLE)
+    assert len(read) == 12  # the table keeps nothing that it has read
+    with pytest.raises(ValueError, match="Nothing is known about the person in rows 1, 4: "):
+        table.lookup([PEOPLE[0], None, PEOPLE[0], PEOPLE[1], None])
+
+
+def test_equal_values_that_read_differently_are_kept_apart():
+    people = [{"x": value} for value in (1, True, 1.0, "1", "true", 0, False, None, float("nan"))] + [None, "x: 1"]
+    fields = FieldEncoder(min_count=1).fit([{"x": value} for value in ("1", "true", "0", "false")])
+    table = DemographicTable(fields, missing="zero")
+    ids = table.lookup(people[:-1])
+    assert ids.tolist() == [table.lookup([person]).item() for person in people[:-1]]
+    assert ids.tolist() == [0, 1, 0, 0, 1, 2, 3, 4, 4, 4]
+    with pytest.raises(ValueError, match="row 10"):  # a plain text, unlike the fields that it spells
+        table.lookup(people)
+
+
 def test_profiles_need_an_encoder(fields):
     for value in (SECRET, {"country": SECRET}):
         with pytest.raises(ValueError, match="no encoder: pass a fitted `demographic_encoder`") as caught:

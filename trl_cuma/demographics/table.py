@@ -108,9 +108,19 @@ class DemographicTable:
         ids = self.lookup(values)
         return self.embeds[ids]
 
-    def _ids_of(self, values: Sequence[Any], *, show_progress: bool, use_cache: bool) -> list[int]:
+    def _ids_of(self, values: Sequence[Any], **options: bool) -> list[int]:
         check_is_sequence(values)
         values = list(values)
+        distinct, positions = _distinct(values)
+        try:
+            ids = self._ids_of_each(distinct, **options)
+        except (TypeError, ValueError):
+            ids = None  # read all, for an error that names their rows
+        if ids is None:
+            return self._ids_of_each(values, **options)
+        return [ids[position] for position in positions]
+
+    def _ids_of_each(self, values: list[Any], *, show_progress: bool, use_cache: bool) -> list[int]:
         vector_rows = [row for row, value in enumerate(values) if is_vector(value)]
         profiles = read_profiles(None if is_vector(value) else value for value in values)
         profile_rows = [row for row, profile in enumerate(profiles) if not profile.is_missing]
@@ -199,6 +209,27 @@ class DemographicTable:
             self._storage = storage
         self._storage[start:end] = torch.stack(rows)
         self._ids.update(zip(keys, range(start, end), strict=True))
+
+
+def _distinct(values: list[Any]) -> tuple[list[Any], list[int]]:
+    """The values, without those that surely read as one before them does, and where each of `values` is in these."""
+    distinct: list[Any] = []
+    seen: dict[Any, int] = {}
+    positions = []
+    for row, value in enumerate(values):
+        key: Any = row  # unlike any other
+        if value is None or isinstance(value, str):
+            key = value
+        elif isinstance(value, dict):
+            key = (*value.items(), *map(type, value.values()))  # 1 and True are equal and read differently
+        try:
+            position = seen.setdefault(key, len(distinct))
+        except TypeError:  # a nested value, which is an error
+            position = len(distinct)
+        if position == len(distinct):
+            distinct.append(value)
+        positions.append(position)
+    return distinct, positions
 
 
 def _read_vector(row: int, value: Any) -> torch.Tensor:

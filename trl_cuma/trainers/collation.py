@@ -6,10 +6,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..demographics import DemographicTable
 
 TOKEN_PROFILES = "cuma_token_profiles"  # a packed data set's column: the table's row for each token
+
+Example = dict[str, Any]
+
+
+class RowsWithProfiles(Dataset):
+    """
+    A data loader's view of a `Dataset`, of which it fetches pairs: the table's row for the profile, and the example.
+    So no batch reads a profile again. The numbers are in no column, which could be saved, or cached, and be read with
+    another table.
+
+    Args:
+        dataset (`Dataset`): the rows; they need no demographic column.
+        ids (`torch.Tensor`): `(len(dataset),)`, what the table's `lookup` says of each row's profile.
+    """
+
+    def __init__(self, dataset: Dataset, ids: torch.Tensor) -> None:
+        self.__dict__.update(dataset.__dict__)  # the same rows in the same format; nothing is copied
+        self._profile_ids = ids.numpy()
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[int, Example]]:
+        return list(zip(self._profile_ids[keys].tolist(), super().__getitems__(keys), strict=True))
 
 
 @dataclass
@@ -17,7 +39,7 @@ class DemographicCollator:
     """
     A data collator around TRL's own: the batch it makes also holds `demographic_embeds` `(rows, dim)`; where rows hold
     several documents (packing, padding-free), `(documents, dim)` and `demographic_ids` `(rows, seq)`, each token's
-    document, -1 for padding.
+    document, -1 for padding. It takes examples with a demographic column, or what [`RowsWithProfiles`] gives.
 
     Args:
         collator (`Callable`): the trainer's collator.
@@ -30,27 +52,24 @@ class DemographicCollator:
         ValueError: if the collator makes other rows, or pads packed rows on the left.
     """
 
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collator: Callable[[list[Example]], dict[str, Any]]
     table: DemographicTable
     column: str
     rows_per_example: int = 1
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if TOKEN_PROFILES in examples[0]:
+    def __call__(self, examples: list[Example] | list[tuple[int, Example]]) -> dict[str, Any]:
+        if isinstance(examples[0], tuple):
+            ids = [row for row, _ in examples]
+            examples = [example for _, example in examples]
+        elif TOKEN_PROFILES in examples[0]:
             batch = self.collator(examples)
             return batch | self._by_document([torch.tensor(example[TOKEN_PROFILES]) for example in examples], batch)
-        missing = [row for row, example in enumerate(examples) if self.column not in example]
-        if missing:
-            raise KeyError(
-                f"Rows {missing} of the batch have no {self.column!r} column, only {sorted(examples[missing[0]])}. "
-                "Add the column to the data set, or name yours with `demographic_column`."
-            )
-        ids = self.table.lookup([example[self.column] for example in examples])
+        else:
+            ids = self._lookup(examples)
         batch = self.collator(examples)
         if _is_joined(batch):
-            lengths = [len(example["input_ids"]) for example in examples]
-            return batch | self._by_document([row.repeat(n) for row, n in zip(ids, lengths, strict=True)], batch)
-        embeds = self.table.embeds[ids]
+            per_token = [torch.full((len(e["input_ids"]),), row) for row, e in zip(ids, examples, strict=True)]
+            return batch | self._by_document(per_token, batch)
         rows = batch["input_ids"].shape[0]
         if rows != self.rows_per_example * len(examples):
             expected = "two rows, [chosen; rejected]," if self.rows_per_example == 2 else "one row"
@@ -58,7 +77,18 @@ class DemographicCollator:
                 f"The collator made {rows} rows of {len(examples)} examples, so a profile no longer belongs to a row. "
                 f"Pass a `data_collator` that makes {expected} of each example."
             )
-        return batch | {"demographic_embeds": embeds.repeat(self.rows_per_example, 1)}
+        # Of so few rows numpy makes a tensor in less time than torch.
+        embeds = self.table.embeds.numpy().take(ids * self.rows_per_example, axis=0)
+        return batch | {"demographic_embeds": torch.from_numpy(embeds)}
+
+    def _lookup(self, examples: list[Example]) -> list[int]:
+        missing = [row for row, example in enumerate(examples) if self.column not in example]
+        if missing:
+            raise KeyError(
+                f"Rows {missing} of the batch have no {self.column!r} column, only {sorted(examples[missing[0]])}. "
+                "Add the column to the data set, or name yours with `demographic_column`."
+            )
+        return self.table.lookup([example[self.column] for example in examples]).tolist()
 
     def _by_document(self, per_token: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         if _is_joined(batch):

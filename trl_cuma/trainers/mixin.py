@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter import CuMAConfig, reset_router
 from .adapters import adapter_config, load_adapter
-from .collation import DemographicCollator
+from .collation import TOKEN_PROFILES, DemographicCollator, RowsWithProfiles
 from .demographics import (
     Encoder,
     adopt_encoder,
@@ -186,6 +186,21 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
         super()._set_signature_columns_if_needed()
         if self._routed and self._demographic_column not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, self._demographic_column]
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        """
+        A data loader's rows, with their profiles looked up once for all batches. Left to the collator: streams, which
+        don't come here; packed rows, whose tokens have it in a column; a transform, which makes each row on its way.
+        """
+        columns, column = dataset.column_names, self._demographic_column
+        is_packed = TOKEN_PROFILES in columns and column not in columns
+        if not (self._routed and self.collates_profiles) or is_packed or dataset.format["type"] == "custom":
+            return super()._remove_unused_columns(dataset, description)
+        check_demographic_column(dataset, column, (description or "passed").lower())
+        ids = self.demographic_table.lookup(dataset[column])
+        if self.args.remove_unused_columns:
+            dataset = dataset.remove_columns(column)
+        return RowsWithProfiles(super()._remove_unused_columns(dataset, description), ids)
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, *args: Any, **kwargs: Any) -> Any:
         if self._routed:  # also for a data set that `evaluate` brings
