@@ -168,7 +168,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(make_mixture, shar
     ("sizes", "rows", "fields", "expected"),
     [
         ((64, 48, 64, 8), (2, 64), {}, True),  # left out: rank (8 - 2) · 64 = 384; 2 · 128 choices are 32 an expert
-        ((64, 48, 16, 8), (2, 64), {}, True),  # (8 - 2) · 16 = 96
+        ((64, 48, 24, 8), (2, 64), {}, True),  # (8 - 2) · 24 = 144
         ((64, 48, 8, 8), (2, 64), {}, False),  # (8 - 2) · 8 = 48
         ((64, 48, 64, 8), (1, 127), {}, False),  # 254 choices of 8 experts
         ((64, 48, 64, 8), (127, 1), {}, False),  # a decoding step

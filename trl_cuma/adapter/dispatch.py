@@ -19,7 +19,7 @@ from .fused import Gradients, as_tokens, through_a
 # The rank of the experts that sorting leaves out, `(experts - top_k) · r`, from which it wins. On CPU as measured
 # (benchmarks/speed.py). Beside a GPU's matrix units the memory traffic that is added weighs more than what is saved,
 # so there it has to be more. In other dtypes torch has no grouped product, or on a GPU a loop that waits for it.
-LEFT_OUT_RANK = {("cpu", torch.float32): 96, ("cpu", torch.bfloat16): 96, ("cuda", torch.bfloat16): 384}
+LEFT_OUT_RANK = {("cpu", torch.float32): 144, ("cpu", torch.bfloat16): 144, ("cuda", torch.bfloat16): 384}
 TOKENS_PER_EXPERT = 32
 
 
