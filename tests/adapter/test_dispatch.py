@@ -196,9 +196,13 @@ def test_it_is_not_chosen_where_torch_has_no_grouped_product(make_mixture) -> No
 
 
 def test_rows_with_one_gate_vector_have_a_cheaper_way(make_mixture) -> None:
-    for share_a in (False, True):
-        mixture = make_mixture(share_a, (2, 64), (2, 1), sizes=(64, 48, 64, 8), dtype=torch.float32)
-        assert mixture.path() == ("MixByRow" if share_a else "MixChosenByRow")
+    for share_a, enough, cheaper in ((True, 32, "MixByRow"), (False, 96, "MixChosenByRow")):
+        for rows, gate_rows in (((2, enough), (2, 1)), ((enough // 4, 4), (1, 1))):  # of one profile, all are one row
+            mixture = make_mixture(share_a, rows, gate_rows, sizes=(64, 48, 8, 8), dtype=torch.float32)
+            assert mixture.path() == cheaper
+        for rows, gate_rows in (((2, enough - 1), (2, 1)), ((enough // 4 - 1, 4), (1, 1))):
+            mixture = make_mixture(share_a, rows, gate_rows, sizes=(64, 48, 8, 8), dtype=torch.float32)
+            assert mixture.path() == "MixByToken"
 
 
 @pytest.mark.parametrize("share_a", [False, True])

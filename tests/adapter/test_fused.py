@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_cuma import CuMAConfig
+from trl_cuma.adapter import experts as experts_module
 from trl_cuma.adapter.conditioning import Conditioning
 from trl_cuma.adapter.experts import CuMAExperts
 from trl_cuma.adapter.router import GATES
@@ -28,11 +29,17 @@ SHAPES = {  # leading dimensions of the input and of the gates
     "no-tokens": ((0, 4), (0, 4)),
     "empty-rows": ((2, 0), (2, 1)),
 }
-BY_ROW = {"rows", "one-profile", "batch-1", "no-rows", "no-rows-one-profile"}
+BY_ROW = {"rows", "one-profile", "batch-1", "no-rows"}
 # The three functions: by token, by row with one A, by row with an A for each expert.
 share_a_and_shape = pytest.mark.parametrize(
     ("share_a", "shape"), list(itertools.product([False, True], ["tokens", "rows"]))
 )
+
+
+@pytest.fixture(autouse=True)
+def short_rows(monkeypatch) -> None:
+    """Rows of two tokens have a product of their own."""
+    monkeypatch.setattr(experts_module, "TOKENS_PER_ROW", {True: 2, False: 2})
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -347,8 +354,8 @@ def test_a_rows_experts_are_one_low_rank_product() -> None:
     """
     Multiplications of all products per row of 64 tokens, 96 → 80 features, r = 8, 8 experts, k = 2. A LoRA of rank n
     takes `64 · n · (96 + 80)` forward and twice that backward. One A: that of rank r, and for the mixture of B, and
-    its gradients, four times `8 · 8 · 80`. An A for each: that of rank k · r, and `A x` once more. By token: rank
-    `8 · r` for B.
+    its gradients, four times `8 · 8 · 80`. An A for each: that of rank k · r, `A x` once more, and the
+    sums over rows, of k chosen experts each, `8 · k · r · (96 + 80)`. By token: rank `8 · r` for B.
     """
 
     def multiplications(share_a: bool, gates_per_row: int) -> float:
@@ -361,6 +368,19 @@ def test_a_rows_experts_are_one_low_rank_product() -> None:
 
     lora = 3 * 64 * 16 * (96 + 80)
     assert multiplications(True, 1) == lora / 2 + 4 * 8 * 8 * 80 < lora
-    assert multiplications(False, 1) == lora + 64 * 16 * 96
+    assert multiplications(False, 1) == lora + 64 * 16 * 96 + 8 * 2 * 8 * (96 + 80)
     assert multiplications(True, 64) == 3 * 64 * 8 * (96 + 8 * 80)
     assert multiplications(False, 64) == 3 * 64 * 64 * (96 + 80) + 64 * 64 * 96
+
+
+def test_a_product_made_outside_of_autocast_serves_inside(make_mixture) -> None:
+    """Some models enter autocast in their own forward, after `generate` has prepared the products."""
+    mixture = make_mixture(False, (2, 4), (2, 1), dtype=torch.float32)
+    experts, x, base = mixture.experts, mixture.x.detach(), mixture.base.detach()
+    with torch.no_grad():
+        product = experts.product(mixture.gates()[:1, 0], 2, 1.0)
+        expected = experts.add_product(x, base, product, in_place=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = experts.add_product(x, base.bfloat16(), product, in_place=True)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=2**-5, atol=2**-5 * expected.abs().max().item())

@@ -4,6 +4,8 @@ Gradients are the same with checkpointing off, non-reentrant and reentrant, what
 backward: each recomputation sees the people of its own forward.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -147,3 +149,18 @@ def test_bfloat16_recomputes_the_same(make_batch, variant, gradients_of, autocas
 
     base = {"dtype": torch.bfloat16}
     assert_same(gradients_of("qwen3", variant, work, base=base, autocast_adapter_dtype=autocast))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_nothing_of_a_step_outlives_it(make_model, make_batch, use_reentrant: bool) -> None:
+    """Also where a layer outside of the checkpointed ones is adapted: its input must not be held by their graph."""
+    model = checkpointed(make_model(target_modules=["lm_head", "q_proj"]), use_reentrant)
+    inputs: list[weakref.ref] = []
+    head = model.get_base_model().lm_head
+    head.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    for losses in ({}, {"output_router_losses": "local"}):
+        outputs = model(**make_batch(), **losses)
+        (outputs.logits.square().mean() + outputs.get("aux_loss", 0)).backward()
+        del outputs
+    gc.collect()
+    assert len(inputs) == 2 and [each() for each in inputs] == [None, None]

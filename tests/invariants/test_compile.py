@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from trl_cuma.adapter import experts
+
 # The compiled backward adds up in another order: a few eps (1.2e-7) of gradients of size 1e-2 to 1.
 SAME = {"rtol": 1e-4, "atol": 1e-6}
 ONE_LAYER = {"num_hidden_layers": 1}  # compiling takes seconds for each
@@ -85,7 +87,8 @@ def test_router_losses_are_part_of_the_graph(make_model, make_batch) -> None:
     [{}, {"routing": "demographic"}, {"routing": "demographic", "share_a": True}],
     ids=["joint", "demographic", "demographic-shared-a"],
 )
-def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, fields: dict) -> None:
+def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, monkeypatch, fields: dict) -> None:
+    monkeypatch.setattr(experts, "TOKENS_PER_ROW", {True: 2, False: 2})  # one way for all of these sizes
     model, twin = (make_model(**fields, base=ONE_LAYER).train() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -137,3 +140,21 @@ def test_checkpointing_in_a_compiled_model_keeps_the_profile(
     compiled = torch.compile(model, backend="eager")
     for seed in (0, 1):
         assert_equals_eager(compiled, model, twin, make_batch(seed=seed) | losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["stored", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("routing", ["joint", "demographic"])
+def test_layers_compiled_one_by_one_train_as_eager_ones(
+    make_model, make_batch, monkeypatch, routing: str, use_reentrant: bool | None
+) -> None:
+    """There the router losses are gathered in compiled code and put together outside."""
+    monkeypatch.setattr(experts, "TOKENS_PER_ROW", {True: 2, False: 2})
+    model, twin = (make_model(routing=routing, base=ONE_LAYER).train() for _ in range(2))
+    if use_reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.compile(backend="aot_eager")  # "eager" would make no functions of in-place writes
+    for seed in (0, 1):
+        assert_equals_eager(model, model, twin, make_batch(seed=seed) | {"output_router_losses": "local"})

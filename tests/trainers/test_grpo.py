@@ -48,13 +48,11 @@ class RouterSpy:
 
         def forward(
             router: CuMARouter,
-            hidden: torch.Tensor | None,
+            hidden: torch.Tensor,
             demographic: torch.Tensor,
             gather: Callable | None = None,
             profile_part: torch.Tensor | None = None,
         ) -> Any:
-            if hidden is None:  # before decoding, for each profile once
-                return route(router, hidden, demographic)
             if profile_part is not None:
                 torch.testing.assert_close(profile_part, router.profile_part(demographic))
             routed_by = gather(demographic)[:, 0, 0].tolist()

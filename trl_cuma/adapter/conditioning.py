@@ -55,6 +55,11 @@ class Conditioning:
         # The layers of a router group get the very same input tensor: the last router's gates are theirs.
         self.last_gates: tuple[CuMARouter, torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def prepared_now(self) -> dict[nn.Module, Any]:
+        """What was prepared, without a graph; nothing where a gradient is wanted."""
+        return {} if torch.is_grad_enabled() else self.prepared
+
     def with_profiles(self, profiles: dict[str, torch.Tensor]) -> Conditioning:
         """The same conditioning around other tensors, as a checkpoint's recomputation gets them."""
         return Conditioning(

@@ -23,15 +23,18 @@ LEFT_OUT_RANK = {("cpu", torch.float32): 144, ("cpu", torch.bfloat16): 144, ("cu
 TOKENS_PER_EXPERT = 32
 
 
-def can_sort(x: torch.Tensor, b: torch.Tensor, experts: int, top_k: int, dtype: torch.dtype) -> bool:
+def can_sort(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, experts: int, top_k: int, dtype: torch.dtype) -> bool:
     """
-    Whether `MixSorted` serves an input `(..., in)` (grouped products want rows of whole 16 bytes) and wins over
-    computing all experts.
+    Whether `MixSorted` serves an input `(..., in)` (grouped products want rows of whole 16 bytes, and tensors that
+    begin at such) and wins over computing all experts.
     """
     r, out = b.shape[1] // experts, b.shape[0]
     if (experts - top_k) * r < LEFT_OUT_RANK.get((x.device.type, dtype), math.inf):
         return False
-    if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # as above, also on CPU
+    if torch.compiler.is_compiling():
+        if dtype != torch.bfloat16:  # as above, also on CPU
+            return False
+    elif any(weight.data_ptr() % 16 for weight in (a, b)):  # a part of an optimizer's flat buffer
         return False
     if any(size * dtype.itemsize % 16 for size in (x.shape[-1], out, r)):
         return False
@@ -84,6 +87,7 @@ class MixSorted(torch.autograd.Function):
         ctx.save_for_backward(x, a, b, weights, chosen, order, place, ends, z)
         ctx.scaling, ctx.dtype, ctx.gates_shape = scaling, dtype, gates.shape
         delta = _sum_choices(y, place).view(base.shape)
+        in_place = in_place and not torch.compiler.is_compiling()
         return base.detach().add_(delta) if in_place else (base + delta).to(base.dtype)
 
     @staticmethod

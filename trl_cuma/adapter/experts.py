@@ -20,6 +20,10 @@ from .fused import (
     mixed_b,
 )
 
+# By `share_a`: the tokens of a row from which a low-rank product of its own is cheaper than all experts. Its factors
+# have to be made first, and with separate A be copied. Measured on a CPU, at widths of 512.
+TOKENS_PER_ROW = {True: 32, False: 96}
+
 
 class CuMAExperts(nn.Module):
     """
@@ -72,18 +76,18 @@ class CuMAExperts(nn.Module):
         """
         a, b = self.weight_a, self.weight_b
         dtype = compute_dtype(x, a)
-        if x.dim() == gates.dim() == 3 and gates.shape[1] == 1 < x.shape[1]:
-            # A row's own low-rank product costs `experts / seq` of what it saves: nothing is saved at one token a row.
-            one = len(gates) != len(x)  # one gate vector for all rows
-            rows, base_rows = (t.flatten(0, 1).unsqueeze(0) if one else t for t in (x, base))
-            arguments = (base_rows, rows, a, b, gates.squeeze(1))
-            if self.share_a:
-                return call(MixByRow, *arguments, scaling, dtype, in_place).view_as(base)
-            if top_k < self.num_experts:
+        if x.dim() == gates.dim() == 3 and gates.shape[1] == 1:
+            one = len(gates) != len(x)  # one gate vector for all rows: they are one long row
+            tokens = x.shape[0] * x.shape[1] if one else x.shape[1]
+            if tokens >= TOKENS_PER_ROW[self.share_a] and (self.share_a or top_k < self.num_experts):
+                rows, base_rows = (t.flatten(0, 1).unsqueeze(0) if one else t for t in (x, base))
+                arguments = (base_rows, rows, a, b, gates.squeeze(1))
+                if self.share_a:
+                    return call(MixByRow, *arguments, scaling, dtype, in_place).view_as(base)
                 return call(MixChosenByRow, *arguments, top_k, scaling, dtype, in_place).view_as(base)
         if gates.shape[:-1] != x.shape[:-1]:
             gates = gates.expand(*x.shape[:-1], -1)
-        if can_sort(x, b, self.num_experts, top_k, dtype):
+        if can_sort(x, a, b, self.num_experts, top_k, dtype):
             return call(MixSorted, base, x, a, b, gates, top_k, scaling, dtype, in_place)
         return call(MixByToken, base, x, a, b, gates, scaling, dtype, in_place)
 
@@ -104,7 +108,8 @@ class CuMAExperts(nn.Module):
         self, x: torch.Tensor, base: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor], in_place: bool
     ) -> torch.Tensor:
         """`base + B A x` for an `x` `(profiles · n, ..., in_features)` whose profiles' rows follow one another."""
-        a, b = product
+        dtype = compute_dtype(x, product[0])
+        a, b = (factor.to(dtype) for factor in product)
         rows, base_rows = (t.reshape(len(b), -1, t.shape[-1]) for t in (x, base))
-        low = rows.to(a.dtype) @ a.transpose(-1, -2)
+        low = rows.to(dtype) @ a.transpose(-1, -2)
         return add_product(base_rows, low, b.transpose(1, 2), in_place).view_as(base)

@@ -181,13 +181,14 @@ class MixChosenByRow(torch.autograd.Function):
             of_chosen = (dm * _chosen_b(b, chosen, experts, ctx.dtype)).sum((1, 3), dtype=gates.dtype)
             dgates = torch.zeros_like(gates).scatter_(1, chosen, of_chosen)
         if needs_b:
-            dm = (dm * weights.to(ctx.dtype)[:, None, :, None]).permute(1, 0, 2, 3).flatten(1, 2)
-            db = dm.new_zeros(out, experts, dm.shape[2]).index_add_(1, chosen.flatten(), dm).view(b.shape).to(b.dtype)
+            dm = (dm * weights.to(ctx.dtype)[:, None, :, None]).transpose(1, 2).flatten(2).flatten(0, 1)
+            db = _sum_by_expert(dm, chosen, experts).unflatten(1, (out, -1)).transpose(0, 1).reshape(b.shape)
+            db = db.to(b.dtype)
         if needs_x or needs_a:
             dz = dy_rows @ row_b
         if needs_a:
-            da = (dz.transpose(1, 2) @ x_rows).unflatten(1, (k, -1)).flatten(0, 1)  # (rows · k, r, in)
-            da = da.new_zeros(experts, *da.shape[1:]).index_add_(0, chosen.flatten(), da).view(a.shape).to(a.dtype)
+            da = (dz.transpose(1, 2) @ x_rows).unflatten(1, (k, -1)).flatten(2).flatten(0, 1)  # (rows · k, r · in)
+            da = _sum_by_expert(da, chosen, experts).view(a.shape).to(a.dtype)
         if needs_x:
             dx = (dz @ row_a).to(x.dtype)
         return dy, dx, da, db, dgates, None, None, None, None
@@ -228,8 +229,10 @@ def add_product(base: torch.Tensor, u: torch.Tensor, b: torch.Tensor, in_place: 
     `(rows, seq, n)` with `(rows, n, out)` and `(rows, seq, out)`.
 
     In place it writes through a detached alias, which shares base's version counter: if some operation before has
-    saved `base` for its backward, that backward says so, instead of being wrong.
+    saved `base` for its backward, that backward says so, instead of being wrong. Compiled it is not: a compiler takes
+    the alias for the input itself, without a gradient.
     """
+    in_place = in_place and not torch.compiler.is_compiling()
     if base.dtype != u.dtype:  # adapters in float32 over a base in bfloat16: one rounding, as of a sum in float32
         delta = (u @ b).view_as(base)
         return base.detach().add_(delta) if in_place else (base + delta).to(base.dtype)
@@ -257,6 +260,15 @@ def _scaled(gates: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Te
 def _by_expert(b: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
     """`(out, experts · r)` → `(experts, out · r)`, so that a row's mixture is a product with its gates."""
     return b.to(dtype).unflatten(1, (experts, -1)).transpose(0, 1).flatten(1)
+
+
+def _sum_by_expert(values: torch.Tensor, chosen: torch.Tensor, experts: int) -> torch.Tensor:
+    """
+    `(rows · k, n)` → `(experts, n)`, the sums over the rows that chose each expert. A product, which adds up in
+    float32 and always in the same order, where `index_add_` would do neither.
+    """
+    members = chosen.flatten() == torch.arange(experts, device=chosen.device).unsqueeze(1)
+    return members.to(values.dtype) @ values
 
 
 def _chosen_b(b: torch.Tensor, chosen: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:

@@ -87,17 +87,20 @@ class CuMALinear(nn.Module, CuMALayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        # Its own fresh tensor, unless somebody who watches the base layer may have kept it. A compiler, which may not
-        # see a write into an input, does without by itself.
-        watched = self.base_layer._forward_hooks or nn.modules.module._global_forward_hooks
-        in_place = not watched and not torch.compiler.is_compiling()
-        prepared = {} if self._conditioning.current is None else self._conditioning.current.prepared
+        # Its own fresh tensor, unless somebody who watches the base layer may have kept it.
+        in_place = not (
+            self.base_layer._forward_hooks
+            or self.get_base_layer()._forward_hooks
+            or nn.modules.module._global_forward_hooks
+        )
+        conditioning = self._conditioning.current
+        prepared = {} if conditioning is None else conditioning.prepared_now
         for name in active:
             experts, dropout, value = self.cuma_experts[name], self.cuma_dropout[name], x
-            if isinstance(dropout, nn.Dropout):  # without it the experts cast for themselves, and keep no copy
+            if isinstance(dropout, nn.Dropout) and dropout.training:  # else the experts cast, and keep no copy
                 value = dropout(self._cast_input_dtype(x, experts.weight_a.dtype))
             if experts in prepared:
-                self._conditioning.current.repeats(len(prepared[experts][1]), len(x))  # or it says what doesn't fit
+                conditioning.repeats(len(prepared[experts][1]), len(x))  # or it says what doesn't fit
                 result = experts.add_product(value, result, prepared[experts], in_place)
             else:
                 top_k = self.config[name].experts_per_token
@@ -127,7 +130,7 @@ class CuMALinear(nn.Module, CuMALayer):
                 hidden,
                 conditioning.profiles[adapter_name],
                 gather=lambda part: conditioning.gather(part, hidden),
-                profile_part=conditioning.prepared.get(router),
+                profile_part=conditioning.prepared_now.get(router),
             )
         gates = compute_gates(logits, config.gate, config.top_k)
         if conditioning is not None and conditioning.losses is not None:
@@ -143,6 +146,7 @@ class CuMALinear(nn.Module, CuMALayer):
         """
         Before decoding, compute what the profiles alone decide, once per generation instead of once per token: the
         router's part of them, and with `routing="demographic"` the low-rank product that the experts collapse to.
+        Weights that change after that are seen by the next generation.
         """
         for name in self.active_adapters:
             if name not in self.cuma_experts or name not in conditioning.profiles:
@@ -151,7 +155,7 @@ class CuMALinear(nn.Module, CuMALayer):
             if not (_is_whole(router) and _is_whole(experts)):
                 continue
             if router not in conditioning.prepared:
-                conditioning.prepared[router] = router(None, conditioning.profiles[name])
+                conditioning.prepared[router] = router.profile_part(conditioning.profiles[name])
             if config.routing == "demographic":
                 gates = compute_gates(conditioning.prepared[router], config.gate, config.top_k)
                 product = experts.product(gates, config.experts_per_token, self.scaling[name])

@@ -200,6 +200,8 @@ class CuMAModel(BaseTuner):
 
     def _end_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         conditioning = self._conditioning.pop()
+        if conditioning is not None:
+            conditioning.last_gates = None  # a checkpointed layer's graph holds the conditioning: no cycle through it
         if output is None or conditioning is None or conditioning.losses is None:
             return output
         if not isinstance(output, dict):

@@ -143,18 +143,18 @@ class CuMARouter(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor | None,
+        hidden: torch.Tensor,
         demographic: torch.Tensor | None,
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
         profile_part: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            hidden (`torch.Tensor`, *optional*): `(batch, seq, in_features)`; `None` to get `profile_part` alone.
+            hidden (`torch.Tensor`): `(batch, seq, in_features)`.
             demographic (`torch.Tensor`, *optional*): `(profiles, demographic_features)`; `None` for a router that
                 reads no profile.
             gather (`Callable`, *optional*): turns `(profiles, n)` into what broadcasts with `(batch, seq, n)`.
-            profile_part (`torch.Tensor`, *optional*): what an earlier call returned for these profiles.
+            profile_part (`torch.Tensor`, *optional*): what `profile_part` returned for these profiles.
 
         Returns:
             `torch.Tensor`: logits `(batch, seq, experts)`, in float32 at least; `(batch, 1, experts)` where they are
@@ -162,8 +162,6 @@ class CuMARouter(nn.Module):
         """
         if self.demographic_weight is not None and profile_part is None:
             profile_part = self.profile_part(demographic)
-        if hidden is None:
-            return profile_part
         if self.hidden_weight is None:
             return gather(profile_part)
         first = call(ProjectHidden, hidden, self.hidden_weight, compute_dtype(hidden, self.hidden_weight))
