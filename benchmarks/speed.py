@@ -23,7 +23,8 @@ first): *aten ops* without views; *syncs*, where the host waits for the device (
 accelerator); *kernels* launched, on CUDA. *Saved* is what is kept for the backward beyond the frozen base. *Peak* is
 what torch allocates at most beyond parameters and inputs (on a CPU by the profiler's record of allocations). *GFLOP*
 are of matrix products and attention, *FLOP ratio* over the reference's; the *floor* is the least that any
-implementation needs over the reference's least (`speed_arms.least_flops`), both with the frozen base.
+implementation needs over the reference's least (`speed_arms.least_flops`), both with the frozen base. Of decoding it
+is the rate that reading each weight once for a token allows, over the reference's (`speed_arms.weights_read`).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from speed_arms import (
     layer_arms,
     least_flops,
     model_cases,
+    weights_read,
 )
 from speed_data import loaders
 from speed_measure import Counts, alternate, count
@@ -257,15 +259,18 @@ class Bench:
             case = f"{self.sizes.model}, {case}"
             self.progress("decode", case)
             adapters = decoding_arms()
-            runs, counts = {}, {}
+            runs, counts, read = {}, {}, {}
             for adapter in adapters:
                 model, given = self.adapt(base, adapter, targets, "CAUSAL_LM")
                 run = functools.partial(self.generate, model.eval(), prompt, given, self.sizes.new_tokens)
                 one, nine = (functools.partial(self.generate, model, prompt, given, new) for new in (1, 9))
                 runs[adapter.label] = run
+                read[adapter.label] = weights_read(adapter, model)
                 counts[adapter.label] = count(nine, self.device).beyond(count(one, self.device), 8)
             times = alternate(runs, self.options.rounds, self.device)
-            self.add_rows("decode", case, adapters, times, counts, reference=REFERENCE, rate="tokens/s")
+            floors = {label: read[REFERENCE] / numbers for label, numbers in read.items() if numbers}
+            rate = {"rate": "tokens/s", "floors": floors}
+            self.add_rows("decode", case, adapters, times, counts, reference=REFERENCE, **rate)
 
     def generate(
         self, model: nn.Module, prompt: torch.Tensor, given: dict[str, Any], new: int, mark: Callable[[], None]

@@ -326,3 +326,15 @@ def _router_of(name: str, grouped: bool) -> str | tuple[str, int]:
         if grouped and last in group:
             return parent, index
     return name
+
+
+def weights_read(adapter: Adapter, model: nn.Module) -> int:
+    """
+    The numbers that decoding one token has to read once: all weights but those of the embedding, and of the routers'
+    profile halves, which are used once per generation. 0 where it depends on the profiles (collapsed experts) or on
+    the tokens' choices (a loop).
+    """
+    if adapter.kind == "loop" or adapter.routing == "demographic":
+        return 0
+    unread = ("embed_tokens", "demographic_weight")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in unread))

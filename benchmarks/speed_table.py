@@ -61,7 +61,7 @@ def result_rows(
         counts (`dict[str, Counts]`): arm → counts; empty where nothing was counted.
         reference (`str`): the arm that the others are divided by.
         rate (`str`, *optional*): the ratio is of this rate, the inverse of the time.
-        floors (`dict[str, float]`, *optional*): arm → least operations over the reference's.
+        floors (`dict[str, float]`, *optional*): arm → the least ratio of times, or largest of rates, where known.
         tokens (`int`): of a step; 0 where no activations were measured.
     """
     whole = {arm: [marks[-1] for marks in rounds] for arm, rounds in times.items()}
@@ -84,7 +84,7 @@ def result_rows(
         if tokens:
             row["saved_bytes_per_token"] = saved[arm] / tokens
             reached |= {"saved": saved[arm] / saved[reference], "saved_loop": saved[arm] / saved[loop]}
-        if floors:
+        if arm in (floors or {}):
             row["floor"] = floors[arm]
         row["goals"] = [
             {"what": key, "bound": bound, "value": reached[key], "met": (reached[key] <= bound) == GOALS[key][1]}

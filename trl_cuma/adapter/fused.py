@@ -11,6 +11,7 @@ that read one tensor keep one) nor of a parameter (which ZeRO-3 and FSDP gather 
 
 Their arguments: the frozen layer's result `base` `(..., out)`, the input `x` `(..., in)`, the parameters `a` and `b`
 of `CuMAExperts`, the gates, the factor `s`, the dtype to compute in, and whether `base` may be written into.
+`torch.func`'s transforms don't go through them: they have no `setup_context`, and are once differentiable.
 """
 
 from __future__ import annotations
