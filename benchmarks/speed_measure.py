@@ -203,7 +203,8 @@ def count(
     ignore: Iterable[torch.Tensor] = (),
 ) -> Counts:
     """
-    Watch one step (on CUDA several). Not timed: watching is slow.
+    Watch one step (on CUDA several). Not timed: watching is slow, and adds a little of its own. It holds gradients,
+    which autograd then copies, and its hooks make a CuMA layer leave the base layer's result alone.
 
     Args:
         run (`Run`): the step; if it marks the end of its forward, the bytes saved until there are counted.
