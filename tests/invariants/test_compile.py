@@ -84,7 +84,11 @@ def test_router_losses_are_part_of_the_graph(make_model, make_batch) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"routing": "demographic"}, {"routing": "demographic", "share_a": True}],
+    [
+        {},
+        pytest.param({"routing": "demographic"}, marks=pytest.mark.slow),
+        pytest.param({"routing": "demographic", "share_a": True}, marks=pytest.mark.slow),
+    ],
     ids=["joint", "demographic", "demographic-shared-a"],
 )
 def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, monkeypatch, fields: dict) -> None:
@@ -100,7 +104,11 @@ def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, mon
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("fields", [{}, {"routing": "demographic"}], ids=["joint", "demographic"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, pytest.param({"routing": "demographic"}, marks=pytest.mark.slow)],
+    ids=["joint", "demographic"],
+)
 def test_decoding_compiles_once_for_all_people(make_model, make_batch, fields: dict) -> None:
     """With a static cache one graph decodes every token for everyone: what a CUDA graph needs."""
     model, twin = (make_model(**fields, base=ONE_LAYER).eval() for _ in range(2))
