@@ -196,3 +196,23 @@ def measure() -> Callable[..., Cost]:
         return Cost(mode.names, sum(storage.nbytes() for storage in kept.values()))
 
     return measure
+
+
+@pytest.fixture
+def assert_only_one_gets_a_gradient() -> Callable[[Mixture, int], None]:
+    """Of base, x, A, B and gates only the one with this number requires a gradient: it is the one it gets with all."""
+
+    def check(mixture: Mixture, alone: int) -> None:
+        gates = mixture.gates().detach()
+        inputs = [mixture.base, mixture.x, *mixture.experts.parameters(), gates]
+        expected = torch.autograd.grad(mixture.fast(gates.requires_grad_()).square().sum(), inputs)
+        for i, each in enumerate(inputs):
+            each.requires_grad_(i == alone)
+        mixture.fast(gates).square().sum().backward()
+        for i, each in enumerate(inputs):
+            if i == alone:
+                torch.testing.assert_close(each.grad, expected[i], rtol=0, atol=1e-12)
+            else:
+                assert each.grad is None
+
+    return check

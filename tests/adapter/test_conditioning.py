@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from trl_cuma import CuMAConfig
+from trl_cuma.adapter.conditioning import Conditioning
 
 
 # ---------------------------------------------------------------------- bad input
@@ -220,3 +221,9 @@ def test_router_groups_ask_their_router_once(make_model, make_batch) -> None:
     model(**make_batch())
     assert len(calls) == 2
     assert isinstance(model.peft_config["default"], CuMAConfig)
+
+
+def test_of_no_rows_nothing_is_gathered() -> None:
+    for expand in (False, True):
+        part = Conditioning({}, expand=expand).gather(torch.zeros(0, 3), torch.zeros(0, 4, 2))
+        assert part.shape == (0, 1, 3)

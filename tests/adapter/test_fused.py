@@ -221,20 +221,9 @@ def test_where_nobody_watches_there_is_no_second_tensor_of_its_size(routing: str
 @share_a_and_shape
 @pytest.mark.parametrize("alone", range(5), ids=["base", "x", "a", "b", "gates"])
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(
-    make_mixture, share_a: bool, shape: str, alone: int
+    make_mixture, assert_only_one_gets_a_gradient, share_a: bool, shape: str, alone: int
 ) -> None:
-    mixture = make_mixture(share_a, *SHAPES[shape])
-    gates = mixture.gates().detach()
-    inputs = [mixture.base, mixture.x, *mixture.experts.parameters(), gates]
-    expected = torch.autograd.grad(mixture.fast(gates.requires_grad_()).square().sum(), inputs)
-    for i, each in enumerate(inputs):
-        each.requires_grad_(i == alone)
-    mixture.fast(gates).square().sum().backward()
-    for i, each in enumerate(inputs):
-        if i == alone:
-            torch.testing.assert_close(each.grad, expected[i], rtol=0, atol=1e-12)
-        else:
-            assert each.grad is None
+    assert_only_one_gets_a_gradient(make_mixture(share_a, *SHAPES[shape]), alone)
 
 
 @share_a_and_shape

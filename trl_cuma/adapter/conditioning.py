@@ -88,9 +88,9 @@ class Conditioning:
 
     def repeats(self, profiles: int, batch: int) -> int:
         """How many rows of the batch each profile has, one after the other."""
-        if batch == profiles or self.broadcast:
-            return batch // profiles
-        if not (self.expand and batch % profiles == 0):
+        if batch == profiles:  # also of none
+            return 1
+        if not self.broadcast and not (self.expand and batch % profiles == 0):
             raise ValueError(
                 f"`demographic_embeds` has {profiles} rows but the batch has {batch}. Pass one row per sample, in the "
                 "batch's order."

@@ -127,7 +127,7 @@ class MixByRow(torch.autograd.Function):
             dm = (dy_rows.transpose(1, 2) @ z).flatten(1)  # (rows, out · r)
         if needs_b:
             db = scaled.to(ctx.dtype).t() @ dm
-            db = db.unflatten(1, (b.shape[0], -1)).transpose(0, 1).reshape(b.shape).to(b.dtype)
+            db = like_b(db.unflatten(1, (b.shape[0], -1)), b)
         if needs_gates:
             dgates = (dm @ _by_expert(b, gates.shape[1], ctx.dtype).t()).to(gates.dtype).mul_(ctx.scaling)
         if needs_x or needs_a:
@@ -183,8 +183,7 @@ class MixChosenByRow(torch.autograd.Function):
             dgates = torch.zeros_like(gates).scatter_(1, chosen, of_chosen)
         if needs_b:
             dm = (dm * weights.to(ctx.dtype)[:, None, :, None]).transpose(1, 2).flatten(2).flatten(0, 1)
-            db = _sum_by_expert(dm, chosen, experts).unflatten(1, (out, -1)).transpose(0, 1).reshape(b.shape)
-            db = db.to(b.dtype)
+            db = like_b(_sum_by_expert(dm, chosen, experts).unflatten(1, (out, -1)), b)
         if needs_x or needs_a:
             dz = dy_rows @ row_b
         if needs_a:
@@ -197,10 +196,13 @@ class MixChosenByRow(torch.autograd.Function):
 
 def compute_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
     """The dtype in which a product of the two is computed: autocast's where it is on, else the parameter's."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast_on(x) else parameter.dtype
+
+
+def is_autocast_on(x: torch.Tensor) -> bool:
+    """Whether autocast is on where the tensor is."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" has none
-        return torch.get_autocast_dtype(device)
-    return parameter.dtype
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
 
 
 def mixed_b(b: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -214,9 +216,24 @@ def chosen_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's chosen A_i, stacked, `(rows, k · r, in)`, and its `s g_i B_i`, `(rows, out, k · r)`."""
     weights, chosen = gates.topk(top_k)
-    row_a = a.to(dtype).unflatten(0, (gates.shape[1], -1))[chosen].flatten(1, 2)
+    row_a = experts_a(a, gates.shape[1], dtype)[chosen].flatten(1, 2)
     row_b = _chosen_b(b, chosen, gates.shape[1], dtype) * (weights * scaling).to(dtype)[:, None, :, None]
     return row_a, row_b.flatten(2)
+
+
+def experts_a(a: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(experts · r, in)` → `(experts, r, in)`."""
+    return a.to(dtype).unflatten(0, (experts, -1))
+
+
+def experts_b(b: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(out, experts · r)` → `(experts, out, r)`."""
+    return b.to(dtype).unflatten(1, (experts, -1)).transpose(0, 1)
+
+
+def like_b(by_expert: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`(experts, out, r)` → `(out, experts · r)`, in b's dtype."""
+    return by_expert.transpose(0, 1).reshape(b.shape).to(b.dtype)
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -233,15 +250,20 @@ def add_product(base: torch.Tensor, u: torch.Tensor, b: torch.Tensor, in_place: 
     saved `base` for its backward, that backward says so, instead of being wrong. Compiled it is not: a compiler takes
     the alias for the input itself, without a gradient.
     """
-    in_place = in_place and not torch.compiler.is_compiling()
     if base.dtype != u.dtype:  # adapters in float32 over a base in bfloat16: one rounding, as of a sum in float32
-        delta = (u @ b).view_as(base)
-        return base.detach().add_(delta) if in_place else (base + delta).to(base.dtype)
-    if in_place and base.is_contiguous():
+        return add_delta(base, (u @ b).view_as(base), in_place)
+    if in_place and base.is_contiguous() and not torch.compiler.is_compiling():
         result = base.detach()
         result.view(-1, b.shape[-1]).addmm_(u, b) if u.dim() == 2 else result.baddbmm_(u, b)
         return result
     return torch.addmm(as_tokens(base), u, b).view_as(base) if u.dim() == 2 else torch.baddbmm(base, u, b)
+
+
+def add_delta(base: torch.Tensor, delta: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """`base + delta`, in base's dtype; in place as [`add_product`]."""
+    if in_place and not torch.compiler.is_compiling():
+        return base.detach().add_(delta)
+    return (base + delta).to(base.dtype)
 
 
 def through_a(
@@ -260,7 +282,7 @@ def _scaled(gates: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Te
 
 def _by_expert(b: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
     """`(out, experts · r)` → `(experts, out · r)`, so that a row's mixture is a product with its gates."""
-    return b.to(dtype).unflatten(1, (experts, -1)).transpose(0, 1).flatten(1)
+    return experts_b(b, experts, dtype).flatten(1)
 
 
 def _sum_by_expert(values: torch.Tensor, chosen: torch.Tensor, experts: int) -> torch.Tensor:
@@ -274,4 +296,4 @@ def _sum_by_expert(values: torch.Tensor, chosen: torch.Tensor, experts: int) -> 
 
 def _chosen_b(b: torch.Tensor, chosen: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
     """The B_i of `chosen` `(rows, k)`: `(rows, out, k, r)`."""
-    return b.to(dtype).unflatten(1, (experts, -1)).transpose(0, 1)[chosen].transpose(1, 2)
+    return experts_b(b, experts, dtype)[chosen].transpose(1, 2)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .fused import call, compute_dtype
+from .fused import call, compute_dtype, is_autocast_on
 
 GATES = ("topk_softmax", "softmax_topk", "soft", "double_softmax")
 
@@ -211,6 +211,4 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _without_autocast(like: torch.Tensor) -> AbstractContextManager:
-    device = like.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(like.device.type, enabled=False) if is_autocast_on(like) else nullcontext()
