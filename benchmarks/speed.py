@@ -361,6 +361,8 @@ def main() -> None:
     options.rounds = options.rounds or (2 if options.quick else 5)
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}: quartiles need at least 2.")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {options.device}: this torch sees no CUDA device. Leave it out to run on the CPU.")
     if options.tokens and options.tokens % BATCH:
         parser.error(f"--tokens is {options.tokens}: give a multiple of {BATCH}, the number of rows.")
     torch.set_num_threads(options.threads)
