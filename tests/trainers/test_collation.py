@@ -106,7 +106,7 @@ def test_a_custom_collator_gets_the_profiles_too(make_sft, tokenizer):
 def test_columns_that_nothing_reads_are_still_removed(make_dpo, dpo_data):
     trainer = make_dpo(dpo_data(note=[f"note {row}" for row in range(8)]))
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch.keys() == {"input_ids", "attention_mask", "completion_mask", "demographic_embeds"}
+    assert batch.keys() == {"input_ids", "attention_mask", "completion_mask", "demographic_embeds", "row_numbers"}
     trainer._set_signature_columns_if_needed()
     trainer._set_signature_columns_if_needed()
     assert trainer._signature_columns.count("demographic") == 1
@@ -259,7 +259,7 @@ def test_rows_with_profiles_can_be_sent_to_a_worker():
     """They are pickled where processes are spawned; the collator needs the table's rows alone."""
     view = RowsWithProfiles(Dataset.from_dict({"text": ["a", "b", "c"]}), torch.tensor([1, 0, 1]))
     for rows in (view, pickle.loads(pickle.dumps(view))):
-        assert rows.__getitems__([2, 1]) == [(1, {"text": "c"}), (0, {"text": "b"})]
+        assert rows.__getitems__([2, 1]) == [(1, 2, {"text": "c"}), (0, 1, {"text": "b"})]
         assert len(rows) == 3 and rows[0] == {"text": "a"} and rows["text"][:] == ["a", "b", "c"]
     collate = collator()
     collate.table.add([[1.0, 2.0], [3.0, 4.0]])

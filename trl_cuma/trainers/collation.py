@@ -11,15 +11,16 @@ from datasets import Dataset
 from ..demographics import DemographicTable
 
 TOKEN_PROFILES = "cuma_token_profiles"  # a packed data set's column: the table's row for each token
+ROW_NUMBERS = "row_numbers"  # in a batch: where its rows are in the data set, for a report
 
 Example = dict[str, Any]
 
 
 class RowsWithProfiles(Dataset):
     """
-    A data loader's view of a `Dataset`, of which it fetches pairs: the table's row for the profile, and the example.
-    So no batch reads a profile again. The numbers are in no column, which could be saved, or cached, and be read with
-    another table.
+    A data loader's view of a `Dataset`, of which it fetches triples: the table's row for the profile, the data set's
+    row, and the example. So no batch reads a profile again. The numbers are in no column, which could be saved, or
+    cached, and be read with another table.
 
     Args:
         dataset (`Dataset`): the rows; they need no demographic column.
@@ -30,8 +31,8 @@ class RowsWithProfiles(Dataset):
         self.__dict__.update(dataset.__dict__)  # the same rows in the same format; nothing is copied
         self._profile_ids = ids.numpy()
 
-    def __getitems__(self, keys: list[int]) -> list[tuple[int, Example]]:
-        return list(zip(self._profile_ids[keys].tolist(), super().__getitems__(keys), strict=True))
+    def __getitems__(self, keys: list[int]) -> list[tuple[int, int, Example]]:
+        return list(zip(self._profile_ids[keys].tolist(), keys, super().__getitems__(keys), strict=True))
 
 
 @dataclass
@@ -57,10 +58,12 @@ class DemographicCollator:
     column: str
     rows_per_example: int = 1
 
-    def __call__(self, examples: list[Example] | list[tuple[int, Example]]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example] | list[tuple[int, int, Example]]) -> dict[str, Any]:
+        known = {}
         if isinstance(examples[0], tuple):
-            ids = [row for row, _ in examples]
-            examples = [example for _, example in examples]
+            known[ROW_NUMBERS] = torch.tensor([row for _, row, _ in examples])
+            ids = [profile for profile, _, _ in examples]
+            examples = [example for _, _, example in examples]
         elif TOKEN_PROFILES in examples[0]:
             batch = self.collator(examples)
             return batch | self._by_document([torch.tensor(example[TOKEN_PROFILES]) for example in examples], batch)
@@ -69,7 +72,7 @@ class DemographicCollator:
         batch = self.collator(examples)
         if _is_joined(batch):
             per_token = [torch.full((len(e["input_ids"]),), row) for row, e in zip(ids, examples, strict=True)]
-            return batch | self._by_document(per_token, batch)
+            return batch | known | self._by_document(per_token, batch)
         rows = batch["input_ids"].shape[0]
         if rows != self.rows_per_example * len(examples):
             expected = "two rows, [chosen; rejected]," if self.rows_per_example == 2 else "one row"
@@ -79,7 +82,7 @@ class DemographicCollator:
             )
         # Of so few rows numpy makes a tensor in less time than torch.
         embeds = self.table.embeds.numpy().take(ids * self.rows_per_example, axis=0)
-        return batch | {"demographic_embeds": torch.from_numpy(embeds)}
+        return batch | known | {"demographic_embeds": torch.from_numpy(embeds)}
 
     def _lookup(self, examples: list[Example]) -> list[int]:
         missing = [row for row, example in enumerate(examples) if self.column not in example]

@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter import CuMAConfig, reset_router
 from .adapters import adapter_config, load_adapter
-from .collation import TOKEN_PROFILES, DemographicCollator, RowsWithProfiles
+from .collation import ROW_NUMBERS, TOKEN_PROFILES, DemographicCollator, RowsWithProfiles
 from .demographics import (
     Encoder,
     adopt_encoder,
@@ -23,12 +23,14 @@ from .demographics import (
     check_resumed_encoder,
     resolve_encoder,
 )
+from .finite import FiniteGuard
 from .group_evaluation import GroupEvaluationMixin
 from .record import RecordMixin
 from .routing import load_metrics
+from .saving import SavingMixin, check_resumable
 
 
-class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
+class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
     """
     Put before a TRL trainer. Its changes: each batch holds `demographic_embeds` from the data set's demographic
     column; the router losses are added to the training loss (never to the evaluation loss, so that early stopping and
@@ -135,6 +137,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
             peft_config=peft_config,
             **kwargs,
         )
+        self._finite = FiniteGuard(self)
         parallelism = self.accelerator.parallelism_config  # of the arguments or of accelerate's own configuration
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise NotImplementedError(
@@ -209,10 +212,12 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
 
     # ------------------------------------------------------------------ the router losses
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rows = inputs.pop(ROW_NUMBERS, None)  # for the guard, not for the model
         if not (self.model.training and torch.is_grad_enabled()):
             observed = model if self._group_routing is None else self._observed(model)
             return super().compute_loss(observed, inputs, *args, **kwargs)
         router: dict[str, torch.Tensor] = {}
+        given = dict(inputs)
 
         def forward(*model_args: Any, **model_kwargs: Any) -> Any:
             if not torch.is_grad_enabled():  # a forward for metrics only
@@ -230,6 +235,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
         for key, value in router.items():  # sums that stay on the device until `log`
             self._router_metrics[key] = self._router_metrics.get(key, 0.0) + value.detach()
         self._router_forwards += 1
+        self._finite.observe(given, rows, kwargs, loss)
         return (loss, *rest) if rest else loss
 
     def _router_loss_scale(self, num_items_in_batch: Any) -> float:
@@ -238,15 +244,19 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin):
 
     # ------------------------------------------------------------------ resuming, logging
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and self._routed:
+        if resume_from_checkpoint:
             last = resume_from_checkpoint is True
             checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
             if checkpoint is not None:  # else `Trainer` says so
-                check_resumed_encoder(checkpoint, self.demographic_table.encoder)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+                check_resumable(checkpoint, self.accelerator)
+                if self._routed:
+                    check_resumed_encoder(checkpoint, self.demographic_table.encoder)
+        with self._finite.watching():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.model.training and self._router_metrics:
+            self._finite.check()  # also where fp16's scaler took no step
             values = {name: (total / self._router_forwards)[None] for name, total in self._router_metrics.items()}
             means = {name: self.accelerator.gather(value).mean(0) for name, value in values.items()}
             logs["aux_loss"] = means["aux_loss"].item()
