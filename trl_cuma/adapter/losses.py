@@ -191,10 +191,11 @@ class RouterLosses:
         if not self._records:
             return {}
 
+        device = next(iter(self._records.values()))[0].load.device  # layers may be on several (`device_map`)
+
         def mean(name: str) -> torch.Tensor:  # over the calls of each router: (routers, ...)
-            return torch.stack(
-                [torch.stack([getattr(call, name) for call in calls]).mean(0) for calls in self._records.values()]
-            )
+            each = ([getattr(call, name).to(device) for call in calls] for calls in self._records.values())
+            return torch.stack([torch.stack(calls).mean(0) for calls in each])
 
         load = mean("load")
         if self.scope == "ranks":
@@ -218,7 +219,7 @@ class RouterLosses:
     def _mean_over_ranks(self, load: torch.Tensor) -> torch.Tensor:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return load
-        documents = load.new_ones(()) if self.documents is None else self.documents.to(load.dtype)
+        documents = load.new_ones(()) if self.documents is None else self.documents.to(load)
         total = torch.cat([(load * documents).flatten(), documents.view(1)])
         torch.distributed.all_reduce(total)
         return (total[:-1] / total[-1].clamp(min=1)).view_as(load)
@@ -232,4 +233,5 @@ class _InjectGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
-        return gradient, *ctx.losses.gradients(ctx.router), None, None
+        statistics = ctx.losses.gradients(ctx.router)
+        return gradient, *(None if g is None else g.to(gradient.device) for g in statistics), None, None
