@@ -16,13 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 
-class FiniteGuard:
+class FiniteGuard(TrainerCallback):
     """
     Watches a trainer's losses and gradients. They are read before each step of the optimizer, whichever engine calls
-    it: one pass over the adapter's gradients, and one number that is sent to the host. Gradients that fp16's scaler
-    throws away, as it does, never come to a step.
+    it: one pass over the adapter's gradients, and one message to the host. A step that DeepSpeed has skipped for them
+    stops the run, too; the gradients that fp16's scaling throws away don't.
 
     Args:
         trainer: a CuMA trainer; its batches are kept until the step that they are for is taken.
@@ -64,30 +65,33 @@ class FiniteGuard:
             hook.remove()
             self._micro_batches.clear()
 
-    def check(self, gradients: list[torch.Tensor] | None = None) -> None:
-        """Raise if a loss since the last check, or one of `gradients`, is not finite. All processes must call it."""
-        device = self._trainer.accelerator.device
-        bad = torch.zeros(2, device=device)
-        if self._bad_loss is not None:
-            bad[0] = self._bad_loss.to(device)
-        if gradients:
-            local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-            bad[1] = ~torch.isfinite(get_total_norm(local, norm_type=math.inf)).to(device)
-        self._bad_loss = None
-        if self._trainer.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        bad_loss, bad_gradient = bad.tolist()
-        if bad_loss or bad_gradient:
-            raise _NotFinite("loss" if bad_loss else "gradient")
-
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         ours = self._trainer.optimizer
         while hasattr(ours, "optimizer"):  # accelerate's and DeepSpeed's are around torch's
             ours = ours.optimizer
-        if optimizer is ours:
-            parameters = (p for group in optimizer.param_groups for p in group["params"])
-            self.check([p.grad for p in parameters if p.grad is not None])
-            self._micro_batches.clear()
+        if optimizer is not ours:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        self._check(bool(local) and ~torch.isfinite(get_total_norm(local, norm_type=math.inf)))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bad_loss is not None:  # not looked at: the step was skipped, for which only fp16 has a good reason
+            self._check(self._trainer.accelerator.mixed_precision != "fp16")
+
+    def _check(self, bad_gradient: torch.Tensor | bool) -> None:
+        """Raise if a loss since the last check or the gradient is not finite, in any process. All must call it."""
+        accelerator = self._trainer.accelerator
+        bad = torch.zeros(2, device=accelerator.device)
+        bad[0] = False if self._bad_loss is None else self._bad_loss
+        bad[1] = bad_gradient
+        self._bad_loss = None
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        bad_loss, bad_gradient = bad.tolist()
+        if bad_loss or bad_gradient:
+            raise _NotFinite("loss" if bad_loss else "gradient")
+        self._micro_batches.clear()
 
     # ------------------------------------------------------------------ where it came from
     def _explain(self, what: str) -> str:
@@ -173,7 +177,9 @@ class _Trace:
             if self._gradients and tensor.requires_grad:
                 tensor.register_hook(partial(self._look, f"the gradient that reaches the output of {name}"))
 
-    def _look(self, place: str, tensor: torch.Tensor) -> None:
+    def _look(self, place: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None:  # the gradient of an output that has no weight in the loss
+            return
         tensor = tensor.detach()  # else a checkpointed layer would count what is saved here, too
         if self.found is None and tensor.numel() and not torch.isfinite(tensor).all():
             self.found = place, tensor

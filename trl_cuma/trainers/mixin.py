@@ -138,6 +138,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             **kwargs,
         )
         self._finite = FiniteGuard(self)
+        self.add_callback(self._finite)
         parallelism = self.accelerator.parallelism_config  # of the arguments or of accelerate's own configuration
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise NotImplementedError(
@@ -256,7 +257,6 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.model.training and self._router_metrics:
-            self._finite.check()  # also where fp16's scaler took no step
             values = {name: (total / self._router_forwards)[None] for name, total in self._router_metrics.items()}
             means = {name: self.accelerator.gather(value).mean(0) for name, value in values.items()}
             logs["aux_loss"] = means["aux_loss"].item()
