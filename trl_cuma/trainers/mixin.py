@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import create_model_from_path
 
-from ..adapter import CuMAConfig, reset_router
+from ..adapter import CuMAConfig, CuMAModel, reset_router
 from .adapters import adapter_config, load_adapter
 from .collation import ROW_NUMBERS, TOKEN_PROFILES, DemographicCollator, RowsWithProfiles
 from .demographics import (
@@ -129,6 +129,8 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
                 self._make_group_routing(value, args)  # its errors, before anything trains
         self._earlier_training = list(config.training or [])
         self._dataset_name: str | None = None
+        trained = dict(model.named_parameters()) if isinstance(model, PeftModel) else {}
+        trained = {name: parameter.data for name, parameter in trained.items() if parameter.requires_grad}
         super().__init__(
             model,
             args=args,
@@ -137,6 +139,8 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             peft_config=peft_config,
             **kwargs,
         )
+        if not self.is_deepspeed_enabled:  # which has float32 copies of its own
+            self._undo_rounding(trained)
         self._finite = FiniteGuard(self)
         self.add_callback(self._finite)
         parallelism = self.accelerator.parallelism_config  # of the arguments or of accelerate's own configuration
@@ -150,6 +154,13 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
                 "The base model is itself a mixture of experts whose router loss TRL adds under the same name. Set "
                 "`router_aux_loss_coef=0`: the base's routers are frozen."
             )
+
+    def _undo_rounding(self, trained: dict[str, torch.Tensor]) -> None:
+        # On a quantized base TRL casts the adapter to bfloat16, whose numbers are further apart than most updates at
+        # these learning rates: they would be lost. It is float32 again, a trained adapter with the values it had.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and CuMAModel.prefix in name:
+                parameter.data = trained.get(name, parameter.data.float())
 
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
