@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+import math
 import re
 import shlex
 from collections import Counter
@@ -9,13 +10,16 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from datasets import Dataset, DatasetDict
 from peft import get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerState
 from trl import get_quantization_config
 
 from trl_cuma import CuMADPOConfig, CuMAGRPOConfig, CuMAKTOConfig, CuMARewardConfig, CuMASFTConfig
 from trl_cuma.cli import main
+from trl_cuma.scripts import main as run_script
 from trl_cuma.scripts import parse_strictly
+from trl_cuma.testing import chat_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate_configs" not in path.parts)
@@ -102,6 +106,30 @@ def test_a_qlora_recipe_differs_in_the_base_only(path):
     assert quantization.bnb_4bit_use_double_quant
     # FSDP2 shards a layer only if all its parameters have one dtype, and DeepSpeed's bf16 crashes on fp32 storage.
     assert quantization.bnb_4bit_quant_storage == quantization.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["", "_qlora"])
+def test_the_settings_go_together(kind, tmp_path):
+    """One SFT and one DPO recipe, on a base that a CPU holds."""
+    tokenizer = chat_tokenizer(["Who am I? old young"])
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "Who am I?", "demographic": {"age": age}} for age in ("old", "young") * 32]
+    data = {
+        "sft": [row | {"completion": f" {row['demographic']['age']}"} for row in rows],
+        "dpo": [row | {"chosen": " old", "rejected": " young"} for row in rows],
+    }
+    for method, adapter in (("sft", []), ("dpo", ["--cuma_adapter_path", str(tmp_path / "sft")])):
+        DatasetDict(train=Dataset.from_list(data[method])).save_to_disk(tmp_path / f"{method}-data")
+        args = ["--config", str(ROOT / f"recipes/llama-3.1-8b/prism/{method}{kind}.yaml")]
+        args += ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / f"{method}-data")]
+        args += ["--output_dir", str(tmp_path / method), "--cuma_encoder", "field", "--cuma_encoder_min_count", "1"]
+        assert run_script([method, *args, *adapter, "--use_cpu", "true", "--logging_steps", "1"]) == 0
+    state = TrainerState.load_from_json(tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json")
+    first = state.log_history[0]
+    # 64 rows in steps of 32; at first the reference is the policy, so that DPO's loss is ln 2, in bf16 to 3 digits.
+    assert state.max_steps == 2
+    assert first["loss"] - 0.01 * first["aux_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def commands_of(readme: Path) -> list[str]:

@@ -139,8 +139,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             peft_config=peft_config,
             **kwargs,
         )
-        if not self.is_deepspeed_enabled:  # which has float32 copies of its own
-            self._undo_rounding(trained)
+        self._settle_dtypes(trained)
         self._finite = FiniteGuard(self)
         self.add_callback(self._finite)
         parallelism = self.accelerator.parallelism_config  # of the arguments or of accelerate's own configuration
@@ -155,12 +154,20 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
                 "`router_aux_loss_coef=0`: the base's routers are frozen."
             )
 
-    def _undo_rounding(self, trained: dict[str, torch.Tensor]) -> None:
-        # On a quantized base TRL casts the adapter to bfloat16, whose numbers are further apart than most updates at
-        # these learning rates: they would be lost. It is float32 again, a trained adapter with the values it had.
+    def _settle_dtypes(self, trained: dict[str, torch.Tensor]) -> None:
+        """
+        On a quantized base TRL casts the adapter to bfloat16, whose numbers are further apart than most updates at
+        these learning rates: they would be lost. It is float32 again, a trained adapter with the values it had.
+        DeepSpeed keeps float32 copies itself, and ZeRO-3 gathers parameters together, which must then be of one dtype.
+        """
+        plugin = self.args.deepspeed_plugin
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and CuMAModel.prefix in name:
+            if CuMAModel.prefix not in name:
+                continue
+            if plugin is None and parameter.requires_grad:
                 parameter.data = trained.get(name, parameter.data.float())
+            elif plugin is not None and plugin.zero_stage == 3:
+                parameter.data = parameter.data.to(self.model.get_base_model().dtype)
 
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
