@@ -198,9 +198,6 @@ def bloomz_7b1():
 
 
 ROUTER = (4096 + 1024 + 1) * 256 + (256 + 1) * 8  # hidden state and profile -> 256 -> 8 experts
-TARGETS_ONE_NAME = pytest.mark.xfail(
-    strict=True, reason="CuMAModelConfig makes a regular expression of a list of one target, as TRL's does"
-)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +208,7 @@ TARGETS_ONE_NAME = pytest.mark.xfail(
         ("qwen3-8b", 64, 8_190_735_360, 36 * (8 * 64 * (4096 + 4096 + 4096 + 1024) + 2 * ROUTER)),
         ("llama-3.1-8b", 8, 8_030_261_248, 32 * (8 * 8 * (4096 + 4096 + 4096 + 1024) + 2 * ROUTER)),
         # On query_key_value, 4096 -> 3 * 4096.
-        pytest.param("bloomz-7b1", 8, 7_069_016_064, 30 * (8 * 8 * (4096 + 12_288) + ROUTER), marks=TARGETS_ONE_NAME),
+        ("bloomz-7b1", 8, 7_069_016_064, 30 * (8 * 8 * (4096 + 12_288) + ROUTER)),
     ],
 )
 def test_parameters(model, rank, base_parameters, trainable, request):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, fields
@@ -81,6 +82,9 @@ class CuMAModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # TRL makes a string, a regular expression, of a list of one. A bare word can only be a module's name.
+        if isinstance(self.lora_target_modules, str) and re.fullmatch(r"\w+", self.lora_target_modules):
+            self.lora_target_modules = [self.lora_target_modules]
         for name, ignored in (("use_dora", self.use_dora), ("lora_target_parameters", self.lora_target_parameters)):
             if ignored:
                 raise ValueError(f"`{name}` is not available for CuMA's experts. Leave it out.")

@@ -73,6 +73,7 @@ class FiniteGuard(TrainerCallback):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        local = [g for g in local if g.numel()]  # of a small tensor a process may hold nothing
         self._check(bool(local) and ~torch.isfinite(get_total_norm(local, norm_type=math.inf)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
