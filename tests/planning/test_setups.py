@@ -10,8 +10,9 @@ import yaml
 from trl_cuma import CuMASFTConfig
 from trl_cuma.arguments import TrainingParser
 from trl_cuma.cli import main
-from trl_cuma.planning import Planner, as_json, read_request
+from trl_cuma.planning import Planner, as_json, read_request, render
 from trl_cuma.planning.memory import ENGINES
+from trl_cuma.planning.report import recipe_lines
 from trl_cuma.planning.setups import CONTEXT, GIB, SLACK, counts
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +119,17 @@ def test_the_recipe_and_the_command_it_prints_work(plan, tmp_path) -> None:
     assert launch[launch.index("--config_file") + 1] == "recipes/accelerate_configs/two-nodes-zero3.yaml"
     assert launch[launch.index("--num_machines") + 1] == "2"
     assert (ROOT / "examples" / "sft_cuma.py").is_file()
+
+
+def test_int8_is_told_to_checkpoint_reentrantly(planner) -> None:
+    """bitsandbytes keeps its layers' inputs where only the reentrant kind doesn't."""
+    hint = "unless you set `gradient_checkpointing_kwargs: {use_reentrant: true}`"
+    reentrant = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}']
+    assert hint in render(planner("--precision", "int8").plan())
+    assert hint not in render(planner("--precision", "nf4").plan())
+    made = planner("--precision", "int8", "--gpu_memory", "20", *reentrant).plan()  # fits with checkpointing only
+    assert hint not in render(made)
+    assert recipe_lines(made)["gradient_checkpointing_kwargs"] == {"use_reentrant": True}
 
 
 def test_a_recipe_is_read_and_its_method_is_its_name() -> None:

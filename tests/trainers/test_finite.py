@@ -94,3 +94,44 @@ def test_a_finite_run_is_left_alone(make_sft, trainable):
     with trainer._finite.watching():
         torch.optim.SGD([weight], lr=1.0).step()
     assert weight.isnan().all()
+
+
+def test_what_a_scaler_throws_away_is_no_error(make_sft):
+    """fp16's way: too large a scale overflows, no step is taken, the scale is halved. Fused optimizers are called."""
+    trainer = make_sft(**FIELDS, optim="adamw_torch_fused")
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert scaler.get_scale() < 2.0**127  # it did overflow
+
+
+def test_a_wrapper_that_hides_the_optimizer_is_no_error(make_sft, trainable):
+    class Wrapper(torch.optim.Optimizer):
+        """As schedule-free's: it has no hooks of its own, and steps the optimizer within."""
+
+        def __init__(self, base: torch.optim.Optimizer) -> None:
+            self.base = base
+
+        param_groups = property(lambda self: self.base.param_groups)
+        state = property(lambda self: self.base.state)
+        defaults = property(lambda self: self.base.defaults)
+
+        def step(self, closure: Any = None) -> None:
+            self.base.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.base.zero_grad(set_to_none)
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.base.state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.base.load_state_dict(state)
+
+    trainer = make_sft(**FIELDS)
+    trainer.create_optimizer()
+    trainer.optimizer = Wrapper(trainer.optimizer)
+    before = trainable(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert any(not torch.equal(weight, before[name]) for name, weight in trainable(trainer).items())

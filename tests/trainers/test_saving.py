@@ -216,15 +216,20 @@ def test_a_run_killed_while_saving_leaves_no_checkpoint_that_loads(tmp_path):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_old_checkpoints_go_and_the_best_stays(make_sft, sft_data, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "limit", "left"), [("run", 2, ("checkpoint-2", "checkpoint-5")), ("./run", 1, ("checkpoint-2",))]
+)
+def test_old_checkpoints_go_and_the_best_stays(folder, limit, left, make_sft, sft_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     trainer = make_sft(
         max_steps=5,
+        output_dir=folder,
         eval_dataset=sft_data(4),
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=2,
+        save_total_limit=limit,
         load_best_model_at_end=True,
         learning_rate=0.05,
     )
@@ -239,10 +244,21 @@ def test_old_checkpoints_go_and_the_best_stays(make_sft, sft_data, tmp_path):
     trainer.evaluation_loop = evaluation_loop
     trainer.train()
     run = Path(trainer.args.output_dir)
-    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-5"]
-    for name in ("checkpoint-2", "checkpoint-5"):
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [*left]
+    for name in left:
         state = TrainerState.load_from_json(str(run / name / "trainer_state.json"))
-        assert state.best_model_checkpoint == str(run / "checkpoint-2")
+        assert os.path.samefile(state.best_model_checkpoint, run / "checkpoint-2")
+
+
+def test_the_best_checkpoint_is_found_again_where_the_run_was_moved(make_sft, sft_data, tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    fields |= {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.0}  # the first stays the best
+    make_sft(**fields, eval_dataset=sft_data(4), max_steps=1, output_dir=str(tmp_path / "old")).train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    resumed = make_sft(**fields, eval_dataset=sft_data(4), max_steps=3, output_dir=str(tmp_path / "new"))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-1")
+    assert (tmp_path / "new" / "checkpoint-1").is_dir()
 
 
 def test_a_checkpoint_of_an_earlier_run_is_replaced(make_sft, tmp_path):

@@ -40,6 +40,7 @@ def render(plan: Plan) -> str:
         f"and 5 % that the allocator can't use. A GPU has {request.gpu_memory:g}.",
         "",
         *_table(plan),
+        *_hints(plan),
         "",
         *_chosen(plan),
     ]
@@ -70,6 +71,17 @@ def _table(plan: Plan) -> list[str]:
         ]
         lines.append("  ".join([*cells, row[-1]]))
     return lines + [f"{setup.engine}: not possible. {setup.refusal}." for setup in plan.setups if setup.refusal]
+
+
+def _hints(plan: Plan) -> list[str]:
+    kwargs = plan.request.training_args.gradient_checkpointing_kwargs or {}
+    if plan.request.base.quantization != "int8" or kwargs.get("use_reentrant"):
+        return []
+    # bitsandbytes keeps them itself, unseen by checkpointing that isn't reentrant
+    return [
+        "int8: checkpointing still keeps the inputs of all linear layers, unless you set "
+        "`gradient_checkpointing_kwargs: {use_reentrant: true}`."
+    ]
 
 
 def _chosen(plan: Plan) -> list[str]:
@@ -124,6 +136,8 @@ def recipe_lines(plan: Plan) -> dict[str, Any]:
         "gradient_checkpointing": checkpointing,
         "optim": _optim(plan),
     }
+    if checkpointing and args.gradient_checkpointing_kwargs:
+        lines |= {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
     if setup.engine == "ddp":
         lines |= {"ddp_find_unused_parameters": False}
     return lines

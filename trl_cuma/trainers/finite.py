@@ -71,14 +71,20 @@ class FiniteGuard(TrainerCallback):
             ours = ours.optimizer
         if optimizer is not ours:
             return
+        if self._trainer.accelerator.scaler is not None:  # fused optimizers are called for what it throws away, too
+            self._check(False)
+            return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         local = [g for g in local if g.numel()]  # of a small tensor a process may hold nothing
         self._check(bool(local) and ~torch.isfinite(get_total_norm(local, norm_type=math.inf)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bad_loss is not None:  # not looked at: the step was skipped, for which only fp16 has a good reason
-            self._check(self._trainer.accelerator.mixed_precision != "fp16")
+        if self._bad_loss is None:
+            return
+        # Nothing was looked at: DeepSpeed or a scaler skipped the step, for which only fp16 has a good reason.
+        accelerator = self._trainer.accelerator
+        self._check(accelerator.optimizer_step_was_skipped and accelerator.mixed_precision != "fp16")
 
     def _check(self, bad_gradient: torch.Tensor | bool) -> None:
         """Raise if a loss since the last check or the gradient is not finite, in any process. All must call it."""

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..adapter import CuMAModel
@@ -75,10 +77,12 @@ class SavingMixin:
             intact = f"{os.path.basename(last[0])} is intact. " if last else ""
             with _explained(f"{name} could not be written to {folder}. {intact}".rstrip(" ."), staging):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == written:
-                    self.state.best_model_checkpoint = final
+                # `Trainer` looked for the best one where this one is written; it is among the others, or this one.
+                best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+                if best == final or os.path.isdir(best):
+                    self.state.best_model_checkpoint = best
                     if self.args.should_save:
-                        self.state.save_to_json(os.path.join(written, "trainer_state.json"))
+                        self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -97,7 +101,7 @@ class SavingMixin:
         os.replace(os.path.join(staging, name), final)
         limit = self.args.save_total_limit
         if limit is not None and limit > 0:
-            best = self.state.best_model_checkpoint
+            best = str(Path(self.state.best_model_checkpoint or ""))  # spelled as `sort_checkpoints` does
             checkpoints = sort_checkpoints(
                 folder, use_mtime=True, best_model_checkpoint=best
             )  # best and last are last
