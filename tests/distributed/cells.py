@@ -64,8 +64,6 @@ CELLS |= {
 }
 for scheme in ("nf4", "nf4-float32", "int8"):  # nf4-float32: stored as float32, which ZeRO-3 and FSDP2 can shard
     CELLS[f"sft-{scheme}"] = Cell(quantization=scheme, do=("save",))
-    # Under ZeRO-2 the adapter of a quantized base is bfloat16: too coarse to compare.
-    CELLS[f"sft-{scheme}-exact"] = Cell(quantization=scheme, do=("float32",))
 CHECKPOINT = f"sft-none/checkpoint-{SAVED_STEP}"
 CELLS["sft-resumed"] = replace(CELLS["sft-none"], do=(), resume=CHECKPOINT)
 # Other numbers of processes than the two that wrote the checkpoint
@@ -83,5 +81,5 @@ def reference(name: str) -> str:
     method, _, rest = name.partition("-")
     if method == "from" or rest in ("whole", "resumed"):
         return "sft-none"
-    name = name.removesuffix("-exact").replace("nf4-float32", "nf4")
+    name = name.replace("nf4-float32", "nf4")
     return f"{method}-none" if rest in CHECKPOINTING else name

@@ -30,12 +30,12 @@ def deviation(run: dict[str, Any], other: dict[str, Any], names: Collection[str]
     return largest
 
 
-def check_logs(logs: list[dict[str, float]], others: list[dict[str, float]], rel: float = 1e-5) -> None:
+def check_logs(logs: list[dict[str, float]], others: list[dict[str, float]]) -> None:
     """Each step's losses, routing statistics and, where the engine tells it (ZeRO-0 doesn't), gradient norm."""
     assert len(logs) == len(others) > 0
     for log, other in zip(logs, others, strict=True):
         keys = [*LOGGED, *(["grad_norm"] if "grad_norm" in log else [])]
-        assert {key: log[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=rel, abs=rel)
+        assert {key: log[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-5, abs=1e-5)
 
 
 def logits(model: PeftModel, base: Path, saved: Path) -> torch.Tensor:

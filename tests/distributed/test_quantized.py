@@ -20,12 +20,8 @@ RUNS = [(engine, scheme) for engine in ("ddp", "zero2") for scheme in ("nf4", "i
 RUNS += [(engine, scheme) for engine in ("zero3", "fsdp2") for scheme in ("nf4", "nf4-float32")]
 
 
-@pytest.mark.parametrize(
-    ("launch", "cell"),
-    [(engine, f"sft-{scheme}{'-exact' if engine == 'zero2' else ''}") for engine, scheme in RUNS],
-)
+@pytest.mark.parametrize(("launch", "cell"), [(engine, f"sft-{scheme}") for engine, scheme in RUNS])
 def test_two_processes_train_what_one_does(launch: str, cell: str, read: Read, record: Callable) -> None:
-    """With the adapter in float32, which it is but under ZeRO-2."""
     first, second = read(launch, cell)
     [alone] = read("single", reference(cell))
     largest = deviation(first, alone)
@@ -38,15 +34,11 @@ def test_two_processes_train_what_one_does(launch: str, cell: str, read: Read, r
 @pytest.mark.parametrize(("launch", "cell"), [(engine, f"sft-{scheme}") for engine, scheme in RUNS])
 def test_what_is_saved_was_trained_and_loads(launch: str, cell: str, read: Read, results: Path) -> None:
     first, second = read(launch, cell)
-    [alone] = read("single", reference(cell))
-    dtype = torch.bfloat16 if launch == "zero2" else torch.float32
     assert first["engine"]["sharded"] is (launch == "zero3" or cell.endswith("float32"))
-    # bfloat16 has 8 bits: weights of up to 1 move by 0.02, in steps of 2^-8. The weights differ, the losses hardly.
-    check_logs(first["logs"], alone["logs"], rel=1e-5 if dtype == torch.float32 else 1e-2)
     folder = results / launch / cell / "saved"
     saved = load_file(folder / "adapter_model.safetensors")
     for name, weight in first["weights"].items():
-        assert weight.dtype == dtype
+        assert weight.dtype == torch.float32
         assert not weight.equal(first["start"][name]), name
         assert second["weights"][name].equal(weight), name
         assert saved[name.replace(".default.", ".")].equal(weight), name
@@ -60,8 +52,5 @@ def test_what_is_saved_was_trained_and_loads(launch: str, cell: str, read: Read,
         device_map={"": "cpu"},
     )
     model = PeftModel.from_pretrained(base, folder)
-    for name, parameter in model.named_parameters():
-        if "cuma_" in name:  # PEFT loads them in float32, in which they compute a little differently
-            parameter.data = parameter.data.to(dtype)
     found = logits(model, results / launch / "base", folder)
     torch.testing.assert_close(found, first["logits"], rtol=1e-4, atol=1e-4)

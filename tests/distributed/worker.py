@@ -225,10 +225,6 @@ def run(name: str, cell: Cell, launch: str, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(name, cell, launch, folder)
     if "one expert each" in cell.do:
         send_each_person_to_one_expert(trainer)
-    if "float32" in cell.do:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
     result: dict[str, Any] = {"start": gathered(trainer)}
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result |= {

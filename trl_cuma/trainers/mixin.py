@@ -157,17 +157,18 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
     def _settle_dtypes(self, trained: dict[str, torch.Tensor]) -> None:
         """
         On a quantized base TRL casts the adapter to bfloat16, whose numbers are further apart than most updates at
-        these learning rates: they would be lost. It is float32 again, a trained adapter with the values it had.
-        DeepSpeed keeps float32 copies itself, and ZeRO-3 gathers parameters together, which must then be of one dtype.
+        these learning rates: they would be lost. It is float32 again, a trained adapter with the values it had. Where
+        DeepSpeed computes in bfloat16 it casts itself, and keeps float32 copies; ZeRO-3 gathers parameters together,
+        which must be of one dtype.
         """
         plugin = self.args.deepspeed_plugin
         for name, parameter in self.model.named_parameters():
             if CuMAModel.prefix not in name:
                 continue
-            if plugin is None and parameter.requires_grad:
-                parameter.data = trained.get(name, parameter.data.float())
-            elif plugin is not None and plugin.zero_stage == 3:
+            if plugin is not None and plugin.zero_stage == 3:
                 parameter.data = parameter.data.to(self.model.get_base_model().dtype)
+            elif parameter.requires_grad:
+                parameter.data = trained.get(name, parameter.data.float())
 
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
