@@ -26,7 +26,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("engine", each(("ddp", "zero2", "zero3", "fsdp2"), "zero3"))
+@pytest.mark.parametrize("engine", each(("ddp", "zero0", "zero2", "zero3", "fsdp2"), "zero3"))
 def test_what_is_not_finite_in_one_process_stops_all(engine, tmp_path):
     assert launch(engine, tmp_path / engine, ["output", "gradient"], script=SCRIPT) == 0
     for fault, what in (("output", "loss"), ("gradient", "gradient")):

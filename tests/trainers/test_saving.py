@@ -298,3 +298,22 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from_is_refused(file, message, 
         (checkpoint / file).touch()
     with pytest.raises(ValueError, match=message):
         make_sft(**fields).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_that_is_not_there_is_named(make_sft, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"`resume_from_checkpoint` is '{tmp_path / 'nowhere'}', and there is no such"
+    ):
+        make_sft().train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_memory_that_runs_out_while_saving_is_no_full_disk(make_sft, monkeypatch):
+    trainer = make_sft(max_steps=1, save_strategy="steps", save_steps=1)
+
+    def run_out(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", run_out)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        trainer.train()
+    assert get_last_checkpoint(trainer.args.output_dir) is None

@@ -109,8 +109,9 @@ class FiniteGuard(TrainerCallback):
                 for number, batch in enumerate(self._micro_batches)
                 if (finding := self._trace(batch, number, what)) is not None
             ]
-        except Exception as error:  # what a second pass fails of must not hide the first one's error
-            findings = [f"process {trainer.args.process_index}: a second pass to find the layer failed ({error})"]
+        except Exception as error:  # must not hide the first one; its text is not ours, and may quote the batch
+            failure = f"a second pass to find the layer failed with {type(error).__name__}"
+            findings = [f"process {trainer.args.process_index}: {failure}"]
         findings = gather_object(findings)
         where = "; ".join(findings) if findings else "not found again in a second pass, so chance is in it, as dropout"
         return (
@@ -125,13 +126,14 @@ class FiniteGuard(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         trace = _Trace(gradients=what == "gradient")
         hooks = [
-            module.register_forward_hook(partial(trace.output, name.removeprefix("base_model.model.")))
+            module.register_forward_hook(partial(trace.output, name.removeprefix("base_model.model.") or "the model"))
             for name, module in model.named_modules()
         ]
         try:
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model_wrapped, dict(batch.inputs), **batch.kwargs)
             if what == "gradient":
+                trainer.accelerator.gradient_state._set_sync_gradients(False)  # else DeepSpeed would take the step
                 trainer.accelerator.backward(loss)
         finally:
             for hook in hooks:
@@ -145,7 +147,7 @@ class FiniteGuard(TrainerCallback):
         ids = next((batch.inputs[key] for key in ("input_ids", "prompt_ids") if key in batch.inputs), None)
         rows = 0 if ids is None else ids.shape[0]
         examples = rows // self._trainer.rows_per_example
-        if tensor is None or not rows or tensor.shape[0] % rows:
+        if tensor is None or not tensor.dim() or not rows or tensor.shape[0] % rows:
             numbers = list(range(examples))  # any of them
         else:
             bad = (~torch.isfinite(tensor)).reshape(rows, -1).any(1).nonzero().flatten().tolist()

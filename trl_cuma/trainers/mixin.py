@@ -168,7 +168,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             if plugin is not None and plugin.zero_stage == 3:
                 parameter.data = parameter.data.to(self.model.get_base_model().dtype)
             elif parameter.requires_grad:
-                parameter.data = trained.get(name, parameter.data.float())
+                parameter.data = trained.get(name, parameter.data.float()).to(parameter.device)
 
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
@@ -268,7 +268,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             last = resume_from_checkpoint is True
             checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
             if checkpoint is not None:  # else `Trainer` says so
-                check_resumable(checkpoint, self.accelerator)
+                check_resumable(checkpoint, self.accelerator, self.args.save_on_each_node)
                 if self._routed:
                     check_resumed_encoder(checkpoint, self.demographic_table.encoder)
         with self._finite.watching():

@@ -5,7 +5,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class SavingMixin:
         written, final = os.path.join(staging, name), os.path.join(folder, name)
         if self.is_local_process_zero():
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()  # machines may share the folder
+        if self.is_local_process_zero():
             os.makedirs(staging, exist_ok=True)
         self.accelerator.wait_for_everyone()
         self._staging = staging
@@ -90,7 +92,8 @@ class SavingMixin:
             self._publish(staging, name, folder)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and os.path.isdir(written):  # this machine has a file system of its own
-            self._publish(staging, name, folder)
+            with suppress(FileNotFoundError):  # or shares one that still shows what the first has renamed
+                self._publish(staging, name, folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
@@ -102,9 +105,8 @@ class SavingMixin:
         limit = self.args.save_total_limit
         if limit is not None and limit > 0:
             best = str(Path(self.state.best_model_checkpoint or ""))  # spelled as `sort_checkpoints` does
-            checkpoints = sort_checkpoints(
-                folder, use_mtime=True, best_model_checkpoint=best
-            )  # best and last are last
+            # The oldest first, the best and the newest last.
+            checkpoints = sort_checkpoints(folder, use_mtime=True, best_model_checkpoint=best)
             protected = len({best, checkpoints[-1]} & set(checkpoints))
             for checkpoint in checkpoints[: -max(limit, protected)]:
                 os.replace(checkpoint, os.path.join(staging, f"old-{os.path.basename(checkpoint)}"))
@@ -141,13 +143,16 @@ def gather_adapter(model: nn.Module, keep: bool = True) -> dict[str, torch.Tenso
     return tensors
 
 
-def check_resumable(checkpoint: str, accelerator: Accelerator) -> None:
+def check_resumable(checkpoint: str, accelerator: Accelerator, each_node_saves: bool) -> None:
     """
     Raise `ValueError` for a checkpoint from which this run would not go on as the run that wrote it: without the
     optimizer's state, of another engine, or, under DeepSpeed ZeRO, of another number of processes.
     """
     if not os.path.isdir(checkpoint):
-        return  # `Trainer` says so
+        raise ValueError(
+            f"`resume_from_checkpoint` is {checkpoint!r}, and there is no such folder. Name a checkpoint's folder, or "
+            "true for the last one in `output_dir`."
+        )
     instead = (
         f"To begin a new run from its weights, with a new optimizer, set `cuma_adapter_path: {checkpoint}` instead of "
         "`resume_from_checkpoint`."
@@ -165,7 +170,7 @@ def check_resumable(checkpoint: str, accelerator: Accelerator) -> None:
             f"{checkpoint} was written under {written_by}, and this run uses {engine}, which can't read its optimizer "
             f"state. Launch with the same engine. {instead}"
         )
-    if engine != "DeepSpeed":
+    if engine != "DeepSpeed" or each_node_saves:  # then no machine sees all shards
         return
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     shards = len(glob.glob(os.path.join(checkpoint, "global_step*", "*zero_pp_rank_*_optim_states.pt")))
@@ -193,7 +198,9 @@ def _explained(what: str, incomplete: str) -> Iterator[None]:
     """Errors of writing, of which each library has its own, say what is lost and what isn't; what was begun goes."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, torch.distributed.DistError):  # nothing to do with the disk
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
         shutil.rmtree(incomplete, ignore_errors=True)
         raise OSError(
             f"{what}: {error}. What was begun is removed. If the disk is full, free space or name another "
