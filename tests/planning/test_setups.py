@@ -2,17 +2,18 @@
 """The command: what it reads, what it refuses, and which setup it finds."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from trl_cuma import CuMASFTConfig
-from trl_cuma.arguments import TrainingParser
+from trl_cuma import CuMADPOConfig, CuMASFTConfig
+from trl_cuma.arguments import TrainingParser, parse_strictly
 from trl_cuma.cli import main
 from trl_cuma.planning import Planner, as_json, read_request, render
 from trl_cuma.planning.memory import ENGINES
-from trl_cuma.planning.report import recipe_lines
+from trl_cuma.planning.report import launch_lines, recipe_lines
 from trl_cuma.planning.setups import CONTEXT, GIB, SLACK, counts
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_checkpointing_comes_before_more_gpus(planner, gpu_memory: str, found) -
 
 
 def test_more_gpus_where_the_weights_need_them(planner) -> None:
-    """Llama 70B in bf16: of 131 GiB of weights a quarter, 33, fits on a GPU of 80 beside 30 GiB of activations."""
+    """Llama 70B in bf16: of 131 GiB of weights a quarter, 33, fits on a GPU of 79 beside 30 GiB of activations."""
     made = planner("--model_name_or_path", "meta-llama/Llama-3.1-70B", "--num_gpus", "16")
     smallest, checkpointing = made.plan().smallest
     assert (smallest.engine, smallest.gpus, checkpointing) == ("fsdp2", 4, False)
@@ -121,6 +122,72 @@ def test_the_recipe_and_the_command_it_prints_work(plan, tmp_path) -> None:
     assert (ROOT / "examples" / "sft_cuma.py").is_file()
 
 
+# Every key that the plan reads and prints only where it says something, with a value that isn't its default.
+UNCOMMON = {
+    "model_revision": "v2",
+    "trust_remote_code": True,
+    "load_in_4bit": True,
+    "use_bnb_nested_quant": True,
+    "bnb_4bit_quant_storage": "bfloat16",
+    "lora_dropout": 0.1,
+    "use_rslora": True,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
+    "lora_modules_to_save": ["lm_head"],
+    "cuma_gate": "softmax_topk",
+    "cuma_demographic_projection": 8,
+    "cuma_router_layers": 3,
+    "cuma_share_a": True,
+    "cuma_router_groups": ["q_proj,k_proj"],
+    "cuma_missing_demographics": "zero",
+    "cuma_adapter_path": "runs/sft",
+    "precompute_ref_log_probs": True,
+    "num_train_epochs": 2.0,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+}
+
+
+@pytest.fixture
+def recipe_file(config_file, tmp_path):
+    """The path of a recipe of a tiny model, with these keys too."""
+
+    def write(name: str, **keys) -> str:
+        keys = {"model_name_or_path": config_file(), "dtype": "bfloat16", "max_length": 32} | keys
+        (tmp_path / name).write_text(yaml.safe_dump(keys))
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_recipe_that_is_printed_plans_the_same(planner, recipe_file) -> None:
+    """Nothing that the numbers depend on is left out, and nothing is said that goes without saying."""
+    made = planner("--config", recipe_file("dpo.yaml", **UNCOMMON), "--gpu_memory", "14").plan()
+    lines = recipe_lines(made)
+    assert {key: lines.get(key) for key in UNCOMMON} == UNCOMMON
+    again, _ = read_request(["--config", recipe_file("dpo_again.yaml", **lines)])
+    assert (again.base, again.adapter, again.rows) == (made.request.base, made.request.adapter, made.request.rows)
+    assert not UNCOMMON.keys() & recipe_lines(planner("--gpu_memory", "14").plan()).keys()
+    routing = planner("--cuma_routing", "semantic").plan()
+    assert recipe_lines(routing)["cuma_routing"] == "semantic"
+
+
+def test_the_command_sets_what_differs_from_the_recipe(planner, recipe_file) -> None:
+    """What is launched is what was planned, and not what the file says."""
+    keys = {"load_in_4bit": True, "gradient_checkpointing": True, "per_device_train_batch_size": 2, "lora_r": 4}
+    path = recipe_file("dpo.yaml", cuma_router_hidden=8, **keys)
+    targets = ["--lora_target_modules", "q_proj", "k_proj"]
+    made = planner("--config", path, "--precision", "bf16", *targets, "--engine", "ddp", "--num_gpus", "2").plan()
+    assert recipe_lines(made)["load_in_4bit"] is False
+    words = shlex.split("\n".join(launch_lines(made)).replace("\\\n", " "))
+    arguments = words[words.index("examples/dpo_cuma.py") + 1 :]
+    assert [word for word in arguments if word.startswith("--")] == [
+        *("--config", "--load_in_4bit", "--lora_target_modules"),
+        *("--gradient_checkpointing", "--ddp_find_unused_parameters"),
+    ]
+    _, training, model, _ = parse_strictly(CuMADPOConfig, [*arguments, "--dataset_name", "data", "--use_cpu", "true"])
+    assert (model.load_in_4bit, model.lora_target_modules) == (False, ["q_proj", "k_proj"])
+    assert (training.gradient_checkpointing, training.ddp_find_unused_parameters) == (False, False)
+
+
 def test_int8_is_told_to_checkpoint_reentrantly(planner) -> None:
     """bitsandbytes keeps its layers' inputs where only the reentrant kind doesn't."""
     hint = "unless you set `gradient_checkpointing_kwargs: {use_reentrant: true}`"
@@ -140,6 +207,20 @@ def test_a_recipe_is_read_and_its_method_is_its_name() -> None:
     args = ["--config", str(ROOT / "recipes/qwen3-8b/community_alignment/dpo.yaml"), "--max_length=64"]
     assert read_request([*args, "--precision", "int8"])[0].base.quantization == "int8"
     assert read_request(args)[0].training_args.max_length == 64
+
+
+def test_what_a_command_line_says_of_precision_is_planned(config_file) -> None:
+    def base(*args: str) -> tuple:
+        request, _ = read_request(["--model_name_or_path", config_file(), *args])
+        return str(request.base.dtype), request.training_args.bf16
+
+    assert base() == ("torch.bfloat16", True)
+    assert base("--bf16", "false") == ("torch.float32", False)  # `dtype` has the recipes' default
+
+
+def test_a_gpu_of_80_gb_has_79_gib(config_file) -> None:
+    """As `recipes/plans/README.md` says."""
+    assert read_request(["--model_name_or_path", config_file()])[0].gpu_memory == 79
 
 
 def test_help(capsys) -> None:
@@ -172,7 +253,12 @@ def test_help(capsys) -> None:
             "`bnb_4bit_quant_storage` is uint8, and fsdp2 shards packed weights only in the dtype it computes in: set "
             "it to bfloat16",
         ),
-        (["--optim", "adamw_8bit", "--engine", "zero2"], "`optim` adamw_8bit is not among the optimizers"),
+        (
+            ["--optim", "adamw_8bit", "--engine", "zero3-offload"],
+            "`optim` adamw_8bit with its state in host memory was",
+        ),
+        (["--precision", "bf16", "--load_in_4bit", "true"], "`--precision bf16` and `--load_in_4bit` were both given"),
+        (["--precision", "nf4", "--load-in-8bit=true"], "`--precision nf4` and `--load_in_8bit` were both given"),
         (["--dtype", "bfloat16", "--bf16", "false", "--engine", "zero1"], "`bf16` is false with `dtype` bfloat16"),
         (["--lora_target_modules", "c_attn"], "c_attn"),
     ],
@@ -181,6 +267,28 @@ def test_errors_are_one_line(plan, args: list[str], message: str) -> None:
     code, out, error = plan(*args)
     assert (code, out) == (2, "")
     assert error.startswith("trl-cuma plan: error: ") and message in error
+
+
+def test_an_encoder_decoder_is_no_causal_language_model(tmp_path, capsys) -> None:
+    path = tmp_path / "t5.json"
+    path.write_text(json.dumps({"model_type": "t5"}))
+    assert main(["plan", "--model_name_or_path", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"`model_name_or_path` is '{path}', a T5Config, which is no causal language model." in error
+    assert len(error) < 300 + len(str(path))  # transformers lists all of its classes
+
+
+@pytest.mark.parametrize("engine, parts", [("single", 1), ("zero2", 4)])
+def test_8_bit_optimizers(planner, engine: str, parts: int) -> None:
+    """
+    Two bytes for each trained number, and a float32 for 256 of each; DeepSpeed has a float32 copy too, which
+    transformers allows with every optimizer.
+    """
+    made = planner("--optim", "adamw_bnb_8bit")
+    setup, trained = made.setup(engine, parts), sum(p.numel for p in made.model.trained)
+    copy = 4 if engine == "zero2" else 0
+    assert setup.refusal is None
+    assert setup.memory.optimizer == pytest.approx(trained / parts * (copy + 2 + 8 / 256), abs=8)
 
 
 def test_without_a_model(capsys) -> None:

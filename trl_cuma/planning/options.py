@@ -20,6 +20,7 @@ from .architecture import DTYPES, Base, shipped_models
 from .memory import ENGINES, OPTIMIZERS
 
 PLANNED = ("sft", "dpo")
+PRECISION_KEYS = ("dtype", "bf16", "load_in_4bit", "load_in_8bit")
 PRECISIONS = {
     "bf16": ("bfloat16", "true", "false", "false"),
     "fp32": ("float32", "false", "false", "false"),
@@ -46,6 +47,7 @@ class Request:
     peak_tflops: float
     utilization: float
     recipe: str | None
+    recipe_args: tuple[CuMAModelConfig, Any] | None  # `model_args` and `training_args` of the recipe's file alone
 
     @property
     def rows(self) -> int:
@@ -67,8 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
         "Computed from the real model and adapter without weights; nothing is downloaded but a config.json.",
         epilog="Of a recipe's keys these count: model_name_or_path (an id, a folder or a config.json; without a "
         f"network: {', '.join(shipped_models())}), dtype, bf16, load_in_4bit, load_in_8bit, use_bnb_nested_quant, "
-        "bnb_4bit_quant_storage, lora_*, cuma_*, max_length, per_device_train_batch_size, gradient_checkpointing, "
-        "gradient_checkpointing_kwargs, precompute_ref_log_probs, optim, num_train_epochs.",
+        "bnb_4bit_quant_storage, use_rslora, lora_*, cuma_*, max_length, per_device_train_batch_size, "
+        "gradient_checkpointing, gradient_checkpointing_kwargs, precompute_ref_log_probs, optim, num_train_epochs.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -77,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--precision", choices=tuple(PRECISIONS), default=None, help="of the base; default: the recipe's, else bf16")
     add("--num_gpus", type=int, default=8, help="GPUs there are, over all machines; default: 8")
     add("--gpus_per_node", type=int, default=8, help="GPUs of a machine; default: 8")
-    add("--gpu_memory", type=float, default=80.0, help="GiB of one GPU; default: 80")
+    add("--gpu_memory", type=float, default=79.0, help="GiB of one GPU; a card of 80 GB has about 79; default: 79")
     add("--demographic_dim", type=int, default=None, help="length of a profile's vector; default: 1024, the paper's")
     add("--num_rows", type=int, default=None, help="rows of the data set: with it, hours are estimated")
     add("--peak_tflops", type=float, default=989.0, help="of one GPU in 16 bit; default: 989, an H100 SXM, dense")
@@ -102,17 +104,27 @@ def read_request(args: Sequence[str]) -> tuple[Request, bool]:
     recipe, rest = read_recipe(rest)
     method = own.method or _method_of(path)
     parser = TrainingParser(getattr(trl_cuma, f"CuMA{METHODS[method]}Config"), prog="trl-cuma plan")
-    given = {arg.removeprefix("--").split("=")[0] for arg in rest if arg.startswith("--")} | set(recipe)
-    precision = own.precision or (None if {"dtype", "load_in_4bit", "load_in_8bit"} & given else "bf16")
+    typed = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in rest if arg.startswith("--")}
+    given = typed | set(recipe)
+    if own.precision is not None and (both := [key for key in PRECISION_KEYS if key in typed]):
+        raise ValueError(
+            f"`--precision {own.precision}` and `--{both[0]}` were both given, and the first sets the second. Leave "
+            "one out."
+        )
+    precision = own.precision or (None if given.intersection(PRECISION_KEYS) else "bf16")
     if precision is not None:
-        values = zip(("--dtype", "--bf16", "--load_in_4bit", "--load_in_8bit"), PRECISIONS[precision], strict=True)
-        rest = [*rest, *(word for pair in values for word in pair)]
+        for key, value in zip(PRECISION_KEYS, PRECISIONS[precision], strict=True):
+            rest += [f"--{key}", value]
         if precision == "nf4" and "bnb_4bit_quant_storage" not in given:
             rest += ["--bnb_4bit_quant_storage", "bfloat16"]
     # `use_cpu`: the machine that plans needs no GPU that does bfloat16
     rest += ["--use_cpu", "true"]
     parser.read(recipe, rest, elsewhere=launch_options())
     _, training_args, model_args, _ = parser.parse_args_into_dataclasses(rest)
+    recipe_args = None
+    if path is not None:  # to compare with: what is left of it is to be said on the launched command line
+        _, recipe_training_args, recipe_model_args, _ = parser.parse_args_into_dataclasses(["--use_cpu", "true"])
+        recipe_args = recipe_model_args, recipe_training_args
     model_args.lora_task_type = "CAUSAL_LM"
     adapter = model_args.adapter_config()
     adapter.demographic_dim = own.demographic_dim or DEFAULT_DEMOGRAPHIC_DIM
@@ -131,6 +143,7 @@ def read_request(args: Sequence[str]) -> tuple[Request, bool]:
         peak_tflops=own.peak_tflops,
         utilization=own.utilization,
         recipe=path,
+        recipe_args=recipe_args,
     )
     _check(request)
     return request, own.json

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import shlex
+from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
@@ -11,6 +13,20 @@ import yaml
 from .setups import GIB, Plan, Setup
 
 COLUMNS = ("weights", "adapter", "optimizer", "gradients", "buffers")
+# A recipe's keys that the numbers or the adapter depend on, in the order in which they are printed.
+KEYS = (
+    *("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "bf16"),
+    *("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "lora_target_modules", "lora_modules_to_save"),
+    *("cuma_num_experts", "cuma_top_k", "cuma_gate", "cuma_routing", "cuma_demographic_projection"),
+    *("cuma_router_hidden", "cuma_router_layers", "cuma_share_a", "cuma_router_groups", "cuma_missing_demographics"),
+    *("cuma_adapter_path", "precompute_ref_log_probs", "max_length", "per_device_train_batch_size"),
+    *("num_train_epochs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "optim"),
+    "ddp_find_unused_parameters",
+)
+ALWAYS = {"model_name_or_path", "dtype", "bf16", "lora_r", "lora_alpha", "cuma_num_experts", "cuma_top_k"} | {
+    *("cuma_router_hidden", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "optim")
+}
 
 
 def render(plan: Plan) -> str:
@@ -115,45 +131,58 @@ def _chosen(plan: Plan) -> list[str]:
 
 
 def recipe_lines(plan: Plan) -> dict[str, Any]:
-    """The keys of a recipe that this plan read, for the chosen setup."""
-    setup, checkpointing = plan.chosen
-    model, args, config = plan.request.model_args, plan.request.training_args, plan.request.adapter
-    lines: dict[str, Any] = {"model_name_or_path": model.model_name_or_path, "dtype": model.dtype, "bf16": args.bf16}
-    if plan.request.base.quantization == "nf4":
-        lines |= {"load_in_4bit": True, "use_bnb_nested_quant": model.use_bnb_nested_quant}
-        lines |= {"bnb_4bit_quant_storage": model.bnb_4bit_quant_storage or "uint8"}
-    elif plan.request.base.quantization == "int8":
-        lines |= {"load_in_8bit": True}
-    lines |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
-    if model.lora_target_modules is not None:
-        lines |= {"lora_target_modules": model.lora_target_modules}
-    lines |= {
-        "cuma_num_experts": config.num_experts,
-        "cuma_top_k": config.top_k,
-        "cuma_router_hidden": config.router_hidden,
-        "max_length": args.max_length,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_checkpointing": checkpointing,
-        "optim": _optim(plan),
-    }
-    if checkpointing and args.gradient_checkpointing_kwargs:
-        lines |= {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+    """The keys of a recipe that this plan read, for the chosen setup: some always, others where they say something."""
+    request, (setup, checkpointing) = plan.request, plan.chosen
+    values = _settings(request.model_args, request.training_args) | {"gradient_checkpointing": checkpointing}
+    defaults = {f.name: f.default for args in (request.model_args, request.training_args) for f in fields(args)}
+    before = _settings(*request.recipe_args) if request.recipe_args else defaults
+    left_out = set()
+    if not values["load_in_4bit"]:
+        left_out |= {"use_bnb_nested_quant", "bnb_4bit_quant_storage"}
+    if not checkpointing:
+        left_out.add("gradient_checkpointing_kwargs")
     if setup.engine == "ddp":
-        lines |= {"ddp_find_unused_parameters": False}
-    return lines
+        values["ddp_find_unused_parameters"] = False
+    else:
+        left_out.add("ddp_find_unused_parameters")
+    return {
+        key: values[key]
+        for key in KEYS
+        if key in values.keys() - left_out and (key in ALWAYS or not values[key] == defaults[key] == before[key])
+    }
 
 
 def launch_lines(plan: Plan) -> list[str]:
-    """The command that starts the chosen setup, one argument group per line."""
+    """
+    The command that starts the chosen setup, one argument group per line. It sets the keys in which the plan differs
+    from the recipe's file.
+    """
     setup, request = plan.chosen[0], plan.request
     nodes = -(-setup.gpus // request.gpus_per_node)
     name = "two-nodes-zero3" if setup.engine == "zero3" and nodes > 1 else setup.engine
-    lines = [f"accelerate launch --config_file recipes/accelerate_configs/{name}.yaml --num_processes {setup.gpus} \\"]
+    lines = [f"accelerate launch --config_file recipes/accelerate_configs/{name}.yaml --num_processes {setup.gpus}"]
     if nodes > 1:
         lines.append(
-            f"  --num_machines {nodes} --machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500 \\"
+            f"  --num_machines {nodes} --machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"
         )
-    return [*lines, f"  examples/{request.method}_cuma.py --config {request.recipe or 'RECIPE.yaml'}"]
+    lines.append(f"  examples/{request.method}_cuma.py --config {request.recipe or 'RECIPE.yaml'}")
+    if request.recipe_args is not None:
+        before = _settings(*request.recipe_args)
+        changed = {key: value for key, value in recipe_lines(plan).items() if value != before[key]}
+        lines += [f"    --{key} {_words(value)}" for key, value in changed.items()]
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _settings(model_args: Any, training_args: Any) -> dict[str, Any]:
+    """A recipe's keys and values; of an enumeration's members, what a recipe writes."""
+    return {key: getattr(value, "value", value) for key, value in (vars(training_args) | vars(model_args)).items()}
+
+
+def _words(value: Any) -> str:
+    """A recipe's value on a command line."""
+    if isinstance(value, bool | dict):
+        value = json.dumps(value)
+    return shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

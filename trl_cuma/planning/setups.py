@@ -105,6 +105,9 @@ class Planner:
 
     Args:
         request ([`Request`]): what is to be planned.
+
+    Raises:
+        ValueError: if there is no such model, or it is no causal language model.
     """
 
     def __init__(self, request: Request) -> None:
@@ -116,7 +119,16 @@ class Planner:
             trust_remote_code=request.training_args.trust_remote_code,
         )
         self.bf16 = bool(request.training_args.bf16)
-        self.parameters = sum(p.numel() for p in build_model(self.config, Base(torch.bfloat16), None).parameters())
+        try:
+            bare = build_model(self.config, Base(torch.bfloat16), None)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(  # transformers' lists all classes
+                f"`model_name_or_path` is {args.model_name_or_path!r}, a {type(self.config).__name__}, which is no "
+                "causal language model. Name one that is, such as Qwen/Qwen3-8B."
+            ) from error
+        self.parameters = sum(p.numel() for p in bare.parameters())
         self.model: Model = inventory(self._build(self.config))
         self._steps: dict[tuple, tuple[int, int]] = {}
 
@@ -179,8 +191,8 @@ class Planner:
         if reason is not None:
             return Setup(engine, gpus, refusal=reason)
         optim = getattr(self.request.training_args.optim, "value", self.request.training_args.optim)
-        if engine.startswith("zero") and "8bit" in optim:
-            reason = f"`optim` {optim} is not among the optimizers that DeepSpeed shards: use adamw_torch_fused"
+        if engine == "zero3-offload" and "8bit" in optim:
+            reason = f"`optim` {optim} with its state in host memory was never run: use adamw_torch_fused, or zero3"
             return Setup(engine, gpus, refusal=reason)
         needed = memory(self.model, engine, gpus, self.request.base, bf16=self.bf16, optim=optim)
         return Setup(engine, gpus, needed, (self.step(engine, False)[0], self.step(engine, True)[0]))

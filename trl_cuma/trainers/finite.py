@@ -61,7 +61,7 @@ class FiniteGuard(TrainerCallback):
             hook.remove()
             raise FloatingPointError(self._explain(found.what)) from None
         finally:
-            self._watching = False
+            self._watching, self._bad_loss = False, None
             hook.remove()
             self._micro_batches.clear()
 
