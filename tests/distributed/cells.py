@@ -64,6 +64,13 @@ CELLS |= {
 }
 for scheme in ("nf4", "nf4-float32", "int8"):  # nf4-float32: stored as float32, which ZeRO-3 and FSDP2 can shard
     CELLS[f"sft-{scheme}"] = Cell(quantization=scheme, do=("save",))
+# What recipes for GPUs do. For nf4-bfloat16, see nf4-float32.
+BF16 = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+CELLS |= {
+    "sft-bf16": Cell(adapter=GROUPED, checkpointing="reentrant", arguments=BF16, do=("save",)),
+    "dpo-bf16": replace(CELLS["dpo-continue"], arguments=BF16 | {"cuma_adapter_path": "trained"}),
+    "sft-bf16-nf4": Cell(quantization="nf4-bfloat16", arguments=BF16, do=("save",)),
+}
 CHECKPOINT = f"sft-none/checkpoint-{SAVED_STEP}"
 CELLS["sft-resumed"] = replace(CELLS["sft-none"], do=(), resume=CHECKPOINT)
 # Other numbers of processes than the two that wrote the checkpoint

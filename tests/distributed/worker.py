@@ -126,8 +126,8 @@ def quantization(scheme: str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32 if scheme == "nf4-float32" else torch.uint8,
+        bnb_4bit_compute_dtype=torch.bfloat16 if scheme == "nf4-bfloat16" else torch.float32,
+        bnb_4bit_quant_storage=scheme.partition("-")[2] or "uint8",
     )
 
 
