@@ -20,6 +20,7 @@ import torch
 
 from trl_cuma import CuMAModel
 
+from ..naming import is_named
 from .cases import HUB, MERGING, ROUTINGS
 from .upstream import PACKAGE, left_out
 
@@ -31,18 +32,12 @@ EXPECTED_FAILURES = {
 INJECTED = pytest.StashKey[bool]()
 
 
-def _is_named(config: pytest.Config) -> bool:
-    start = config.invocation_params.dir
-    paths = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
-    return any(path == HERE or HERE in path.parents for path in paths)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "skipf: upstream's spelling of skipif in one place")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return None if _is_named(config) else True
+    return None if is_named(config, HERE) else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,7 +91,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     write = terminalreporter.write_line
-    if not _is_named(config):
+    if not is_named(config, HERE):
         write("tests/conformance (PEFT's own tests) was left out: python -m pytest tests/conformance -q")
         return
     counts: dict[str, Counter[str]] = {}

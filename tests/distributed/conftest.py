@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..naming import is_named
 from .cells import CELLS, CHECKPOINTING, ENGINES, reference
 from .engines import LAUNCHES, launch
 
@@ -26,18 +27,12 @@ PLAN = pytest.StashKey[dict[str, list[str]]]()
 Read = Callable[..., list[dict[str, Any]]]
 
 
-def _is_named(config: pytest.Config) -> bool:
-    start = config.invocation_params.dir
-    paths = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
-    return any(path == HERE or HERE in path.parents for path in paths)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slice: the part of tests/distributed that runs each time")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return None if _is_named(config) else True
+    return None if is_named(config, HERE) else True
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -120,7 +115,7 @@ def record(launch: str, cell: str, record_property: Callable) -> Callable:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     write = terminalreporter.write_line
-    if not _is_named(config):
+    if not is_named(config, HERE):
         write("tests/distributed (several processes) was left out: python -m pytest tests/distributed -q")
         return
     found: dict[tuple[str, str], str] = {}

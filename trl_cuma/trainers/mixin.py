@@ -161,11 +161,10 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
         DeepSpeed computes in bfloat16 it casts itself, and keeps float32 copies; ZeRO-3 gathers parameters together,
         which must be of one dtype.
         """
-        plugin = self.args.deepspeed_plugin
         for name, parameter in self.model.named_parameters():
             if CuMAModel.prefix not in name:
                 continue
-            if plugin is not None and plugin.zero_stage == 3:
+            if self._is_zero3:
                 parameter.data = parameter.data.to(self.model.get_base_model().dtype)
             elif parameter.requires_grad:
                 parameter.data = trained.get(name, parameter.data.float()).to(parameter.device)

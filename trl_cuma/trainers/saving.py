@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -32,6 +31,10 @@ class SavingMixin:
     """
 
     _staging: str | None = None  # where a checkpoint is being written
+
+    @property
+    def _is_zero3(self) -> bool:
+        return self.args.deepspeed_plugin is not None and self.args.deepspeed_plugin.zero_stage == 3
 
     # ------------------------------------------------------------------ the adapter
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -51,7 +54,7 @@ class SavingMixin:
 
     def _write_model(self, folder: str) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if not is_deepspeed_zero3_enabled() and (plugin is None or plugin.fsdp_version != 2):
+        if not self._is_zero3 and (plugin is None or plugin.fsdp_version != 2):
             super().save_model(folder, _internal_call=True)
             return
         tensors = gather_adapter(self.accelerator.unwrap_model(self.model), keep=self.args.should_save)
