@@ -40,7 +40,7 @@ def launch(name: str, folder: Path, what: Sequence[str], script: Path = WORKER) 
     folder.mkdir(parents=True)
     command = [sys.executable]
     if processes > 1:
-        options = ["--num_processes", str(processes), "--main_process_port", "0"]
+        options = ["--num_processes", str(processes)]
         config = RECIPES / f"{engine}.yaml"
         if engine == "zero3":
             (folder / "deepspeed.json").write_text(json.dumps(ZERO3))
@@ -57,6 +57,9 @@ def launch(name: str, folder: Path, what: Sequence[str], script: Path = WORKER) 
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
+        # torchrun's `--standalone`: its store takes a free port itself. accelerate's `--main_process_port 0` looks for
+        # one that is free now, which another launch may have taken when it is used.
+        "PET_STANDALONE": "1",
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
     with open(folder / "log.txt", "w") as log:
@@ -75,4 +78,6 @@ def launch(name: str, folder: Path, what: Sequence[str], script: Path = WORKER) 
             if process.poll() is None:
                 process.terminate()  # the launcher ends its processes, which are in sessions of their own
                 process.wait()
+    if process.returncode:
+        print((folder / "log.txt").read_text()[-5000:])  # shown by pytest where the test fails
     return process.returncode
