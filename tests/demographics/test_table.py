@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 import copy
+import os
 import pickle
+import stat
 import threading
 import warnings
 
@@ -265,6 +267,15 @@ class TestCache:
         with safe_open(path, framework="pt") as file:
             assert sorted(file.keys()) == ["keys", "vectors"]
             assert file.get_tensor("keys").shape == (6, 32) and file.get_tensor("vectors").shape == (6, 384)
+
+    def test_only_the_owner_can_read_it(self, text_encoder, tmp_path):
+        before = os.umask(0)
+        try:
+            DemographicTable(text_encoder, cache_dir=tmp_path / "cache").add(PEOPLE, show_progress=False)
+        finally:
+            os.umask(before)
+        (path,) = (tmp_path / "cache").iterdir()
+        assert [stat.S_IMODE(entry.stat().st_mode) for entry in (path.parent, path)] == [0o700, 0o600]
 
     def test_another_state_has_another_file(self, text_encoder, tmp_path, embedded):
         DemographicTable(text_encoder, cache_dir=tmp_path).add(PEOPLE, show_progress=False)

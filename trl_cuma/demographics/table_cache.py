@@ -19,7 +19,7 @@ class TableCache:
     The cached rows of one encoder: `keys` `(rows, 32)` uint8 and `vectors` `(rows, dim)` float32.
 
     A write replaces the file in one step. Processes that write at once cannot corrupt it; the last one wins, and what
-    another had added in between is encoded again some time.
+    another had added in between is encoded again some time. Readable by its owner alone.
 
     Args:
         folder (`Path`): Made if it is not there.
@@ -45,7 +45,7 @@ class TableCache:
         }
         temporary = None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.stem}-", suffix=".tmp")
             os.close(handle)
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
