@@ -26,6 +26,8 @@ class Question:
             ends may be just its number (`"2"`).
         topic (`int`, *optional*): Topic the question belongs to, where the source knows it.
         consensus (`bool`, *optional*): Whether all groups hold the same view of the topic, where the source knows it.
+        short_text (`str`, *optional*): The short wording of the source's codebook, which the paper's prompts use.
+        short_options (`tuple[str, ...]`, *optional*): The codebook's labels, in the order of `options`.
     """
 
     question_id: str
@@ -33,6 +35,8 @@ class Question:
     options: tuple[str, ...]
     topic: int | None = None
     consensus: bool | None = None
+    short_text: str | None = None
+    short_options: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.options) <= len(OPTION_LETTERS):

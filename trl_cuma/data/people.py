@@ -1,0 +1,58 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""The people of a data set: profile fields with missing values known as such and rare values grouped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ..demographics import DemographicProfile
+from .report import Report
+
+MIN_COUNT = 30
+"""Fewer people than this never show by a value of their own."""
+
+OTHER = "Other"
+"""What stands for the values that too few people hold."""
+
+
+def canonical_people(people: pd.DataFrame, report: Report, min_count: int = MIN_COUNT) -> pd.DataFrame:
+    """
+    Profiles as every arm of a comparison gets them.
+
+    A text that says nothing ("Prefer not to say", "No answer", "nan") becomes `None`, as [`DemographicProfile`] reads
+    it. A value that fewer than `min_count` people hold becomes `"Other"`, together with the people whose answer was
+    "Other"; where all of these are still too few, it becomes `None`.
+
+    Args:
+        people (`pd.DataFrame`): One row per person, index `person_id`, one column per profile field: text, number or
+            missing.
+        report (`Report`): Gets the counts.
+        min_count (`int`, defaults to `30`): 1 groups nothing.
+
+    Returns:
+        `pd.DataFrame`: Of the same shape, each entry a text or `None`.
+
+    Raises:
+        `ValueError`: A person comes twice, or `min_count` is not positive.
+    """
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")
+    if not people.index.is_unique:
+        repeated = int(people.index.duplicated().sum())
+        raise ValueError(f"{repeated} rows repeat the id of an earlier person. Keep one row per person.")
+    columns = {}
+    for field in people.columns:
+        codes, values = pd.factorize(people[field].astype(object))  # -1: missing
+        texts = [DemographicProfile.from_value({field: value}).fields.get(field) for value in values]
+        column = pd.Series(np.array([*texts, None], dtype=object)[codes], dtype=object)
+        counts = column.value_counts()
+        rare = set(counts.index[counts < min_count]) - {OTHER}
+        column[column.isin(rare)] = OTHER
+        if (column == OTHER).sum() < min_count:
+            column[column == OTHER] = None
+        report.note(f"values of `{field}` that fewer than {min_count} people hold, grouped", len(rare))
+        columns[field] = column.to_numpy(dtype=object)
+    result = pd.DataFrame(columns, index=people.index, dtype=object)
+    report.note("people of whom no field is known", int(result.isna().all(axis=1).sum()))
+    return result
