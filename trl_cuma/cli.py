@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method, name in METHODS.items():  # for the list in `--help`; `_train` parses them itself
         commands.add_parser(method, help=f"train by {name}, as `trl {method}` does, with CuMA's arguments too")
     commands.add_parser("plan", help="how much GPU memory a run needs under each engine, and what fits")
+    commands.add_parser("prepare", help="convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA")
     quickstart = commands.add_parser(
         "quickstart",
         help="train and measure CuMA against LoRA on a small survey, on CPU, offline",
@@ -46,12 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="all",
         help="prepare: only make the model and the data that the recipes name",
     )
-    command = argv[0] if argv and argv[0] in (*METHODS, "plan") else None
+    command = argv[0] if argv and argv[0] in (*METHODS, "plan", "prepare") else None
     try:
         if command == "plan":
             from .planning import main as plan
 
             return plan(argv[1:])
+        if command == "prepare":
+            from .data.command import main as prepare
+
+            return prepare(argv[1:])
         return _train(command, argv[1:]) if command else _quickstart(parser.parse_args(argv))
     except (OSError, ValueError, ImportError) as error:
         print(f"trl-cuma{f' {command}' if command else ''}: error: {error}", file=sys.stderr)

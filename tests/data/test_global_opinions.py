@@ -126,6 +126,7 @@ def test_two_names_of_one_country_are_one_profile(tmp_path, rows):
     [
         (lambda row: "{not json", "line 3: not a JSON object"),
         (lambda row: "[1, 2]", "line 3: not a JSON object but a list"),
+        (lambda row: row | {"country": "\ud800"}, "line 3: has half of a surrogate pair"),
         (lambda row: {key: row[key] for key in row if key != "dist"}, "line 3: field `dist` is missing"),
         (lambda row: row | {"country": ""}, "line 3: field `country` must be a text"),
         (lambda row: row | {"country": 7}, "line 3: field `country` must be a text"),

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
+from trl_cuma.data.leakage import assert_disjoint
 from trl_cuma.data.splits import (
     ANY,
     DROPPED,
     SPLITS,
     SplitOptions,
-    assert_disjoint,
     split_people,
     split_prompts,
     split_rows,
@@ -287,58 +286,6 @@ def test_splits_share_nothing_that_they_must_not(by: tuple[str, ...]) -> None:
             shared = set(splits[name][column][:]) & set(trained[column][:])
             always = column == "person_id" and name in ("test_combinations", "test_countries")
             assert bool(shared) == (kind not in by and not always)
-
-
-COLUMNS = ("person_id", "prompt_group", "question_id", "conversation_id")
-
-
-def clean_splits() -> dict[str, dict[str, list[str]]]:
-    """One row per split, nothing in common but the prompts of the three test splits."""
-    side = {name: min(number, TEST) for number, name in enumerate(SPLITS)}
-    return {
-        name: {"person_id": [f"p-{name}"]} | {column: [f"{column}-{side[name]}"] for column in COLUMNS[1:]}
-        for name in SPLITS
-    }
-
-
-@pytest.mark.parametrize("by", [("person", "prompt"), ("person",), ("prompt",)])
-@pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize(("one", "other"), [*combinations(SPLITS, 2)])
-def test_a_planted_leak_is_found(one: str, other: str, column: str, by: tuple[str, ...]) -> None:
-    splits = clean_splits()
-    assert_disjoint({name: Dataset.from_dict(rows) for name, rows in splits.items()}, by)
-    for name in (one, other):
-        for key in COLUMNS:
-            splits[name][key] = splits[name][key] + (["the-leak"] if key == column else [f"{key} {name}, another"])
-    data = {name: Dataset.from_dict(rows) for name, rows in splits.items()}
-    tests, held = SPLITS[TEST:], SPLITS[COMBINATIONS:]
-    if column == "person_id":
-        leak = "person" in by or (other in held and one in ("train", "validation"))
-    else:
-        leak = "prompt" in by and not (one in tests and other in tests)
-    if leak:
-        with pytest.raises(AssertionError, match=f"'{one}' and '{other}' share 1 values of `{column}`") as error:
-            assert_disjoint(data, by)
-        assert "the-leak" not in str(error.value)
-    else:
-        assert_disjoint(data, by)
-
-
-def test_the_check_needs_its_columns() -> None:
-    rows = {"person_id": ["p"], "prompt_group": ["g"]}
-    other = {"person_id": ["p2"], "prompt_group": ["g2"]}
-    for column in rows:
-        splits = {"train": Dataset.from_dict(rows), "test": Dataset.from_dict(other).remove_columns(column)}
-        with pytest.raises(ValueError, match=f"'test' has no column `{column}`"):
-            assert_disjoint(splits)
-        splits["test"] = Dataset.from_dict(other | {column: [None]})
-        splits["train"] = Dataset.from_dict(rows | {column: ["x"]})
-        with pytest.raises(ValueError, match=f"'test' has rows without `{column}`"):
-            assert_disjoint(splits)
-    with pytest.raises(ValueError, match="dev"):
-        assert_disjoint({"train": Dataset.from_dict(rows), "dev": Dataset.from_dict(other)})
-    only_prompts = {name: Dataset.from_dict({"prompt_group": [name]}) for name in ("train", "test")}
-    assert_disjoint(only_prompts, ("prompt",))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trl_cuma.data.leakage import assert_disjoint
 from trl_cuma.data.prompts import PromptFormat
-from trl_cuma.data.splits import SplitOptions, assert_disjoint
-from trl_cuma.data.worldvaluesbench import worldvaluesbench
+from trl_cuma.data.splits import SplitOptions
+from trl_cuma.data.worldvaluesbench import convert_worldvaluesbench
 from trl_cuma.data.worldvaluesbench_files import FIELDS, read_questions
 from trl_cuma.testing_surveys import write_worldvaluesbench
 
@@ -112,7 +113,7 @@ BY_PERSON = SplitOptions(split_by=("person",))
 
 
 def convert(folder, **options):
-    return worldvaluesbench(folder, **({"splits": BY_PERSON, "min_count": 1} | options))
+    return convert_worldvaluesbench(folder, **({"splits": BY_PERSON, "min_count": 1} | options))
 
 
 def answers_of(dataset):
@@ -304,7 +305,7 @@ def test_files_that_disagree_about_a_scale_are_an_error(tmp_path):
 
 def test_rare_values_are_grouped(tmp_path):
     write_worldvaluesbench(tmp_path / "wvb", num_people=600, num_questions=20, seed=1)
-    made = worldvaluesbench(tmp_path / "wvb", splits=BY_PERSON).datasets()
+    made = convert_worldvaluesbench(tmp_path / "wvb", splits=BY_PERSON).datasets()
     people = {
         row["person_id"]: row["demographic"]
         for split in made.values()
@@ -318,7 +319,7 @@ def test_rare_values_are_grouped(tmp_path):
 
 def simulated(tmp_path, **options):
     write_worldvaluesbench(tmp_path / "wvb", num_people=1200, num_questions=24, seed=0)
-    return worldvaluesbench(tmp_path / "wvb", **options)
+    return convert_worldvaluesbench(tmp_path / "wvb", **options)
 
 
 def test_splits_share_neither_people_nor_questions(tmp_path):
@@ -353,7 +354,7 @@ def test_the_order_of_the_files_rows_makes_no_difference(tmp_path):
     for path in (tmp_path / "wvb" / "WorldValuesBench").rglob("*.tsv"):
         head, *lines = path.read_text().splitlines()
         path.write_text("\n".join([head, *np.random.default_rng(1).permutation(lines)]) + "\n")
-    second = worldvaluesbench(tmp_path / "wvb", **options).datasets()
+    second = convert_worldvaluesbench(tmp_path / "wvb", **options).datasets()
     assert len(first["train"]) == 500
     for split in first:
         rows = [{json.dumps(row, sort_keys=True) for row in made[split]} for made in (first, second)]
@@ -362,7 +363,7 @@ def test_the_order_of_the_files_rows_makes_no_difference(tmp_path):
 
 def test_a_sample_of_the_training_rows(tmp_path):
     whole = simulated(tmp_path).datasets()
-    conversion = worldvaluesbench(tmp_path / "wvb", max_train_rows=1000)
+    conversion = convert_worldvaluesbench(tmp_path / "wvb", max_train_rows=1000)
     some = conversion.datasets()
     keys = lambda rows: set(zip(rows["person_id"], rows["question_id"], strict=True))  # noqa: E731
     assert len(some["train"]) == 1000 and keys(some["train"]) < keys(whole["train"])
@@ -434,7 +435,7 @@ def test_the_real_questions_convert(tmp_path):
         table = [[row[0], *answers[row[0]]] for row in some]
         tsv(data / split / f"{split}_value_qa.tsv", [["D_INTERVIEW", *questions], *table])
     (tmp_path / "dataset_construction").symlink_to(REAL)
-    made = worldvaluesbench(tmp_path).datasets()
+    made = convert_worldvaluesbench(tmp_path).datasets()
     assert_disjoint(made)
     assert len(made["train"]) == 30 * len(set(made["train"]["question_id"]))
     for (person, name), option in (answers_of(made["train"]) | answers_of(made["test"])).items():

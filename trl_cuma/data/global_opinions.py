@@ -12,22 +12,14 @@ the returned survey are simulated, one per answer, which is drawn from the row's
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from .survey import OPTION_LETTERS, Answers, Cells, Question, Survey
-
-# The two surveys behind the data set name these countries differently; no question holds both names.
-COUNTRY_ALIASES = {
-    "S. Korea": "South Korea",
-    "Czech Rep.": "Czechia",
-    "Great Britain": "Britain",
-    "Taiwan ROC": "Taiwan",
-}
+from .global_opinions_source import one_line, read_jsonl
+from .survey import Answers, Cells, Question, Survey
 
 MIN_TRAINING_CELLS = 3
 """Training cells that every country and every question with a held-out cell keeps."""
@@ -72,7 +64,7 @@ def load_global_opinions(
         raise ValueError(
             f"`holdout` and `validation` must be positive shares with a sum below 1, got {holdout} and {validation}."
         )
-    rows = _read_rows(path)
+    rows = read_jsonl(path)
     num_countries = Counter(row["qid"] for row in rows)
     rows = [row for row in rows if num_countries[row["qid"]] >= min_countries]
     if not rows:
@@ -84,7 +76,7 @@ def load_global_opinions(
 
     # In the published data the wording of one question differs between rows by white space at most.
     questions = {
-        row["qid"]: Question(row["qid"], _one_line(row["question"]), tuple(map(_one_line, row["options"])))
+        row["qid"]: Question(row["qid"], one_line(row["question"]), tuple(map(one_line, row["options"])))
         for row in rows
     }
     question_index = {qid: index for index, qid in enumerate(questions)}
@@ -113,67 +105,6 @@ def load_global_opinions(
             cells[name] = Cells(question[in_split], profile[in_split], truth[in_split])
     profiles = [{"country": country} for country in country_index]
     return Survey(list(questions.values()), ("country",), profiles, answers, cells)
-
-
-def _read_rows(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Read and check every row. Errors name fields and lines, never a country."""
-    rows: list[dict[str, Any]] = []
-    first_line: dict[tuple[str, str], int] = {}
-    first_options: dict[str, tuple[int, list[str]]] = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            row = _check_row(line, where)
-            row["country"] = COUNTRY_ALIASES.get(row["country"], row["country"])
-            key = (row["qid"], row["country"])
-            if key in first_line:
-                raise ValueError(
-                    f"{where}: fields `qid` and `country` repeat those of line {first_line[key]} "
-                    f"(qid {row['qid']!r}). Keep one row per question and country."
-                )
-            first_line[key] = number
-            earlier, options = first_options.setdefault(row["qid"], (number, row["options"]))
-            if row["options"] != options:
-                raise ValueError(
-                    f"{where}: field `options` differs from that of line {earlier} (qid {row['qid']!r}). Give "
-                    "questions with different options different `qid`s."
-                )
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: the file holds no rows.")
-    return rows
-
-
-def _check_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        # `from None`: the cause would carry the whole line, country and all.
-        raise ValueError(f"{where}: not a JSON object ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object but a {type(row).__name__}.")
-    for field in ("qid", "question", "country", "options", "dist"):
-        if field not in row:
-            raise ValueError(f"{where}: field `{field}` is missing.")
-    for field in ("qid", "question", "country"):
-        if not isinstance(row[field], str) or not row[field].strip():
-            raise ValueError(f"{where}: field `{field}` must be a text that is not empty.")
-    options, dist = row["options"], row["dist"]
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise ValueError(f"{where}: field `options` must be a list of texts.")
-    if not 2 <= len(options) <= len(OPTION_LETTERS):
-        raise ValueError(f"{where}: field `options` must hold 2 to {len(OPTION_LETTERS)} texts, got {len(options)}.")
-    if not isinstance(dist, list) or not all(type(share) in (int, float) for share in dist):
-        raise ValueError(f"{where}: field `dist` must be a list of numbers.")
-    if len(dist) != len(options):
-        raise ValueError(f"{where}: field `dist` holds {len(dist)} numbers for {len(options)} `options`.")
-    if not all(share >= 0 for share in dist):  # also refuses NaN
-        raise ValueError(f"{where}: field `dist` must not be negative, got {min(dist)}.")
-    if not abs(sum(dist) - 1) <= 1e-3:
-        raise ValueError(f"{where}: field `dist` must sum to 1 (within 0.001), got {sum(dist):.4f}.")
-    return row
 
 
 def _split_cells(
@@ -217,7 +148,3 @@ def _mutual_information(dists: np.ndarray) -> float:
         return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)
 
     return float(entropy(dists.mean(0)) - entropy(dists).mean())
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

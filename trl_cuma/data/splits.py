@@ -11,15 +11,13 @@ and the ids alone: not from the order of rows, the process or the platform.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 
+from .keyed import keyed_digest
 from .people import OTHER
 
 SPLITS = ("train", "validation", "test", "test_combinations", "test_countries")
@@ -33,7 +31,8 @@ MIN_TRAINING_PEOPLE = 50
 MIN_HELD_OUT_PEOPLE = 30
 """A combination is held out only if at least so many people have it: fewer would tell little about it."""
 
-_SIDE = np.array([TRAIN, VALIDATION, TEST, TEST, TEST])  # the split of the prompts that each split has
+PROMPT_SIDE = np.array([TRAIN, VALIDATION, TEST, TEST, TEST])
+"""Of each split: the split whose prompts it has."""
 
 
 @dataclass(frozen=True)
@@ -192,51 +191,10 @@ def split_rows(person: np.ndarray, prompt: np.ndarray) -> np.ndarray:
     return _ROWS[person, prompt]
 
 
-def assert_disjoint(splits: Mapping[str, Dataset], split_by: Sequence[str] = ("person", "prompt")) -> None:
-    """
-    Check that splits don't share what they must not.
-
-    People (`person_id`): no two splits share any if `split_by` has "person"; else, what is held out shares none with
-    training and validation. Prompts (`prompt_group`, and `question_id` and `conversation_id` where there are any), if
-    `split_by` has "prompt": training, validation and the test splits, taken together, share none.
-
-    Args:
-        splits (`Mapping[str, Dataset]`):
-            By name, as in a `DatasetDict`.
-        split_by (`Sequence[str]`, *optional*, defaults to `("person", "prompt")`):
-            As in [`SplitOptions`].
-
-    Raises:
-        `AssertionError`: If two splits share a value; the message has how many, not which.
-        `ValueError`: If a split's name is unknown, or a column that it takes is missing or has nulls.
-    """
-    if unknown := [name for name in splits if name not in SPLITS]:
-        raise ValueError(f"`splits` has {unknown}, expected names among {list(SPLITS)}.")
-    columns = {column for split in splits.values() for column in split.column_names}
-    for column in ("person_id", "prompt_group", *sorted(columns & {"question_id", "conversation_id"})):
-        seen: dict[str, set] = {}
-        for one, other in combinations(splits, 2):
-            low, high = sorted((SPLITS.index(one), SPLITS.index(other)))
-            if column == "person_id":
-                apart = "person" in split_by or low < TEST < high
-            else:
-                apart = "prompt" in split_by and _SIDE[low] != _SIDE[high]
-            if not apart:
-                continue
-            for name in {one, other} - set(seen):
-                if column not in splits[name].column_names:
-                    raise ValueError(f"The split {name!r} has no column `{column}`. Convert with it.")
-                seen[name] = set(splits[name].unique(column))
-                if None in seen[name]:
-                    raise ValueError(f"The split {name!r} has rows without `{column}`. Every row needs one.")
-            if shared := len(seen[one] & seen[other]):
-                raise AssertionError(f"The splits {one!r} and {other!r} share {shared} values of `{column}`.")
-
-
 def _row_table() -> np.ndarray:
     """Split of a row by its person's and its prompt's; `ANY` and `DROPPED` count from the table's end."""
     table = np.full((len(SPLITS) + 2, len(SPLITS) + 2), DROPPED, dtype=np.int8)
-    for split, prompt in enumerate(_SIDE):
+    for split, prompt in enumerate(PROMPT_SIDE):
         table[split, [prompt, ANY]] = split
     table[ANY, : TEST + 1] = range(TEST + 1)
     table[ANY, ANY] = TRAIN
@@ -248,11 +206,7 @@ _ROWS = _row_table()
 
 def _shuffled(ids: Iterable[str], kind: str, seed: int) -> list[str]:
     """`ids` by a hash of seed and id, whatever order they come in."""
-
-    def place(name: str) -> bytes:
-        return blake2b(f"{seed}\0{kind}\0{name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-    return sorted(ids, key=place)
+    return sorted(ids, key=lambda name: keyed_digest(seed, kind, name))
 
 
 def _draw(ids: Sequence[str], kind: str, options: SplitOptions) -> np.ndarray:

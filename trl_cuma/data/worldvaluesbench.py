@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from .columns import encoded, joined, message_lists, profile_structs
 from .conversion import Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
+from .keyed import keyed_digest
 from .people import MIN_COUNT, canonical_people
 from .prompts import PromptFormat
 from .report import Report
@@ -37,7 +37,7 @@ PEOPLE_PER_BATCH = 1000
 FILES = {"train": "train", "validation": "valid", "test": "test"}
 
 
-def worldvaluesbench(
+def convert_worldvaluesbench(
     folder: str | os.PathLike[str],
     *,
     task: Literal["sft", "dpo"] = "sft",
@@ -259,5 +259,4 @@ def _draw(person_keys: np.ndarray, question_keys: np.ndarray) -> np.ndarray:
 
 def _keys(seed: int, kind: str, ids: Iterable[str]) -> np.ndarray:
     """A 64-bit number per id, `(ids,)`."""
-    digests = (blake2b(f"{seed}\0{kind}\0{name}".encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(b"".join(digests), dtype="<u8")
+    return np.frombuffer(b"".join(keyed_digest(seed, kind, name)[:8] for name in ids), dtype="<u8")
