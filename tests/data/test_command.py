@@ -2,16 +2,21 @@
 """`trl-cuma prepare`, from the command line to a trained step."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 from datasets import load_dataset
 
 from trl_cuma import CuMAConfig, CuMADPOConfig, CuMADPOTrainer, CuMASFTConfig, CuMASFTTrainer, FieldEncoder
 from trl_cuma.cli import main
-from trl_cuma.data import assert_disjoint
+from trl_cuma.data import PromptFormat, SplitOptions, assert_disjoint
+from trl_cuma.data.command import _parser, _taken
 from trl_cuma.testing import chat_tokenizer, tiny_model
 from trl_cuma.testing_surveys import write_worldvaluesbench
 
+ROOT = Path(__file__).parents[2]
 LETTERS = "abcd"
 
 
@@ -28,6 +33,28 @@ def prepare(*args):
 
 def load(folder, tmp_path):
     return load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+
+
+COMMANDS = {
+    line: path.relative_to(ROOT)
+    for path in [ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")]
+    for line in path.read_text().splitlines()
+    if line.startswith("trl-cuma prepare ")
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split("--output ")[-1])
+def test_commands_in_the_readmes_are_valid(command):
+    args = vars(_parser().parse_args(shlex.split(command)[2:]))
+    assert PromptFormat(**_taken(args, PromptFormat)) and SplitOptions(**_taken(args, SplitOptions))
+
+
+def test_what_the_recipes_read_is_what_the_commands_write():
+    for model in ("qwen3-8b", "llama-3.1-8b"):
+        text = (ROOT / "recipes" / model / "README.md").read_text()
+        written = {line.split("--output ")[1] for line in text.splitlines() if line.startswith("trl-cuma prepare ")}
+        recipes = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes" / model).rglob("*.yaml")]
+        assert {recipe["dataset_name"] for recipe in recipes} == written
 
 
 def test_prepares_and_says_what_it_did(survey, tmp_path, capsys):
