@@ -78,7 +78,7 @@ def write(tmp_path):
 
 
 def convert(source, **options):
-    options = {"splits": ALL_TRAIN, "min_count": 1} | options
+    options = {"splits": ALL_TRAIN, "min_count": 1, "keep_unknown": True} | options
     made = convert_community_alignment(source, **options)
     return made.datasets()["train"].to_list(), made.report
 
@@ -106,6 +106,16 @@ def test_sft_rows_are_the_usable_turns(write):
         "the preferred response has no text": 1,
     }
     assert report.notes["candidates without text, left out"] == 3  # two of 3, one of 6
+
+
+def test_people_of_whom_nothing_is_known_are_left_out(write):
+    """Eve: conversation 3 (her other one has no opening prompt). Training would stop at her."""
+    everyone, _ = convert(write(edge_cases()))
+    rows, report = convert(write(edge_cases()), keep_unknown=False)
+    assert {row["conversation_id"] for row in everyone} - {row["conversation_id"] for row in rows} == {"3"}
+    assert report.drops["people"]["nothing is known of them"] == 1
+    assert report.drops["conversations"]["nothing is known of the person"] == 1
+    assert report.kept("turns") == sum(report.rows.values()) == len(rows)
 
 
 def test_pairs(write):
@@ -143,7 +153,7 @@ def test_profiles(write):
     assert list(profiles["ann"]) == ["age", "gender", "country", "political", "ethnicity", "education"]
     assert profiles["ben"]["political"] is None  # "Prefer not to say"
     assert set(profiles["eve"].values()) == {None}
-    assert report.notes["people of whom no field is known"] == 1
+    assert report.notes["people of whom nothing is known, kept"] == 1
 
 
 def test_a_field_that_differs_between_rows_is_unknown(write):
@@ -176,7 +186,7 @@ def test_languages_and_subsets_are_kept_or_counted(write):
 
 def test_neither_feedback_nor_other_columns_are_written(write, tmp_path):
     rows = [row | {"first_turn_responses": "FEEDBACK", "wave": "FEEDBACK"} for row in edge_cases()]
-    convert_community_alignment(write(rows), splits=ALL_TRAIN, min_count=1).save(tmp_path / "out")
+    convert_community_alignment(write(rows), splits=ALL_TRAIN, min_count=1, keep_unknown=True).save(tmp_path / "out")
     made = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
     assert len(made) == 6
     assert made.column_names == [
@@ -214,7 +224,7 @@ def test_a_malformed_row_is_named_without_its_content(write, tmp_path, change, m
     else:
         rows[1] |= change
     with pytest.raises(ValueError, match=message) as error:
-        convert_community_alignment(write(rows), splits=ALL_TRAIN).save(tmp_path / "out")
+        convert_community_alignment(write(rows), splits=ALL_TRAIN, keep_unknown=True).save(tmp_path / "out")
     assert "17" not in str(error.value).partition("row 2")[2]
     assert not (tmp_path / "out").exists()
 
@@ -268,7 +278,7 @@ def test_golden(write):
     }.items():
         splits = SplitOptions(split_by=("prompt",), test=0.3)
         conversion = convert_community_alignment(
-            source, task=task.split()[0], prompts=prompts, splits=splits, min_count=2
+            source, task=task.split()[0], prompts=prompts, splits=splits, min_count=2, keep_unknown=True
         )
         made[task] = {name: data.to_list() for name, data in conversion.datasets().items()}
         made[task]["report"] = conversion.report.to_dict()

@@ -12,7 +12,7 @@ def people(**columns):
 
 
 def grouped(values, min_count=30):
-    return canonical_people(people(field=values), Report(""), min_count)["field"].tolist()
+    return canonical_people(people(field=values), Report(""), min_count, keep_unknown=True)["field"].tolist()
 
 
 @pytest.mark.parametrize("text", ["nan", "Prefer not to say", "No answer", "Missing; Not available", "", None, np.nan])
@@ -35,7 +35,7 @@ def test_min_count_one_groups_nothing():
 
 
 def test_numbers_are_texts_and_a_column_may_be_all_missing():
-    result = canonical_people(people(age=[30.0, np.nan], unknown=[None, np.nan]), Report(""), 1)
+    result = canonical_people(people(age=[30.0, np.nan], unknown=[None, np.nan]), Report(""), 1, keep_unknown=True)
     assert result["age"].tolist() == ["30", None]
     assert result["unknown"].tolist() == [None, None]
 
@@ -44,10 +44,17 @@ def test_the_report_counts_and_names_no_value():
     report = Report("")
     canonical_people(people(country=["Ruritania"] * 5 + [None], age=["18-24"] * 5 + [None]), report, 3)
     canonical_people(people(country=["Ruritania"] * 2 + ["Elbonia"] * 3), report, 3)
-    assert report.notes == {
-        "people of whom no field is known": 3,
-        "values of `country` that fewer than 3 people hold, grouped": 1,
-    }
+    assert report.notes == {"values of `country` that fewer than 3 people hold, grouped": 1}
+    assert report.drops == {"people": {"nothing is known of them": 3}}
+
+
+def test_people_of_whom_nothing_is_known_are_left_out():
+    given = people(country=["A", "No answer", None, "A"], age=[None, "nan", "25-34", None])
+    for keep, rows in ((False, ["p0", "p2", "p3"]), (True, ["p0", "p1", "p2", "p3"])):
+        report = Report("")
+        report.read("people", 4)
+        assert canonical_people(given, report, 1, keep_unknown=keep).index.tolist() == rows
+        assert report.kept("people") == len(rows)
 
 
 def test_a_person_who_comes_twice_is_an_error():

@@ -39,7 +39,7 @@ def write(tmp_path):
 
 
 def convert(source, **options):
-    made = convert_prism(source, **({"splits": ALL_TRAIN, "min_count": 1} | options))
+    made = convert_prism(source, **({"splits": ALL_TRAIN, "min_count": 1, "keep_unknown": True} | options))
     return made.datasets()["train"].to_list(), made.report
 
 
@@ -127,7 +127,7 @@ def test_profiles(write):
     assert list(profiles["user0"]) == ["country", "age", "gender", "education", "religion", "ethnicity", "employment"]
     assert [profiles["user1"][field] for field in ("religion", "ethnicity", "age", "country")] == [None] * 3 + ["Alba"]
     assert set(profiles["user3"].values()) == {None}  # kept, and counted
-    assert report.notes["people of whom no field is known"] == 1
+    assert report.notes["people of whom nothing is known, kept"] == 1
     assert report.units["people"] == 4 and report.drops["people"] == {"no conversation of theirs is kept": 1}
 
 
@@ -276,7 +276,7 @@ def test_golden(write):
         "dpo": PromptFormat(demographics="user"),
     }.items():
         splits = SplitOptions(split_by=("prompt",), test=0.3)
-        conversion = convert_prism(source, task=task, prompts=prompts, splits=splits, min_count=2)
+        conversion = convert_prism(source, task=task, prompts=prompts, splits=splits, min_count=2, keep_unknown=True)
         made[task] = {name: data.to_list() for name, data in conversion.datasets().items()}
         made[task]["report"] = conversion.report.to_dict()
     check_golden("prism", made)

@@ -264,6 +264,17 @@ def test_people_without_answers_are_counted(tmp_path):
     assert conversion.report.drops["people"] == {"no row of answers": 1}
 
 
+def test_people_of_whom_nothing_is_known_are_left_out(tmp_path):
+    """Training would stop at them: a missing profile is an error."""
+    nobody = ["105", *["No answer"] * len(FIELDS), "English"]
+    folder = write(tmp_path / "wvb", {"train": [nobody, ANN, BO], "test": [CY]}, ANSWERS | {"105": ["1"] * 5})
+    conversion = convert(folder)
+    assert answers_of(conversion.datasets()["train"])["101", "Q2"] == "About the same"  # and no one else's answers
+    assert conversion.report.drops["people"] == {"nothing is known of them": 1}
+    kept = convert(folder, keep_unknown=True).datasets()["train"]
+    assert set(kept["person_id"]) == {"105", "101", "102"}
+
+
 @pytest.mark.parametrize(
     ("answer", "shown"), [("3", "3"), ("0", "0"), ("yes", "yes"), ("1.5", "1.5"), ("inf", "inf"), ("1e3", "1e3")]
 )

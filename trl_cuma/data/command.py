@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_split_options(command)
         if name != "global_opinions":
             add("--min_count", type=int, help="profile values held by fewer people are grouped (default: 30)")
+            add("--keep_unknown", action="store_true", help="keep people of whom no profile field is known")
             add("--languages", nargs="+", help="take these alone, as the source names them")
         if source.subsets:
             add("--subset", choices=source.subsets, help="take the rows alone that the source marks so")

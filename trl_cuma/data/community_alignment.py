@@ -55,6 +55,7 @@ def convert_community_alignment(
     prompts: PromptFormat | None = None,
     splits: SplitOptions | None = None,
     min_count: int = MIN_COUNT,
+    keep_unknown: bool = False,
     languages: Sequence[str] | None = None,
     subset: Literal["in_balanced_subset", "in_balanced_subset_10"] | None = None,
     config: str | None = None,
@@ -75,7 +76,7 @@ def convert_community_alignment(
     - A pair: whose rejected text is the chosen one, or comes twice in the turn.
     - In the choice: a turn that has not four different candidates. It stays in the context of the next.
     - A profile: "Prefer not to say" is unknown; "I don't think of myself in this way" (political) is an answer. People
-      of whom nothing is known stay. A field that differs between an annotator's rows is unknown.
+      of whom nothing is known are left out, unless `keep_unknown`. A field that differs between an annotator's rows is unknown.
 
     In the four-way choice, the prompt asks for the letter of the preferred candidate. Their order is drawn by a hash
     of seed, conversation and turn: annotators chose the last place more often than the first, and would teach it.
@@ -90,6 +91,8 @@ def convert_community_alignment(
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): What is held out.
         min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other".
+        keep_unknown (`bool`, defaults to `False`): Keep people of whom no field is known, for adapters with
+            `missing_demographics="zero"`.
         languages (`Sequence[str]`, *optional*): Values of `assigned_lang` to keep, such as `["en"]`.
         subset (`str`, *optional*): Only the rows that this column marks.
         config (`str`, *optional*): The configuration on the Hub.
@@ -149,6 +152,7 @@ def convert_community_alignment(
         prompts=prompts,
         splits=splits,
         min_count=min_count,
+        keep_unknown=keep_unknown,
     )
 
 

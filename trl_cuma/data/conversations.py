@@ -122,6 +122,7 @@ def convert_conversations(
     prompts: PromptFormat | None,
     splits: SplitOptions | None,
     min_count: int,
+    keep_unknown: bool,
 ) -> Conversion:
     """
     Conversations in TRL's columns: a first pass over what they are split by, a second one over their texts.
@@ -137,6 +138,7 @@ def convert_conversations(
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): What is held out.
         min_count (`int`): Profile values that fewer people hold are grouped.
+        keep_unknown (`bool`): Whether people of whom no field is known are kept.
     """
     prompts, splits = prompts or PromptFormat(), splits or SplitOptions()
     check_task(task, tasks, prompts.messages)
@@ -151,9 +153,12 @@ def convert_conversations(
         kept = people.index.isin({head.person_id for head in heads})
         report.read("people", len(people))
         report.drop("people", "no conversation of theirs is kept", int((~kept).sum()))
-        if not heads:
+        people = canonical_people(people.loc[kept, list(fields)], report, min_count, keep_unknown=keep_unknown)
+        known = [head for head in heads if head.person_id in people.index]
+        report.drop("conversations", "nothing is known of the person", len(heads) - len(known))
+        if not known:
             raise ValueError(f"No conversation is left to convert. What was counted:\n{report}")
-        people = canonical_people(people.loc[kept, list(fields)], report, min_count)
+        heads = known
         places = _split(heads, people, splits, report)
         profiles = people.to_dict("index")
         openings = {

@@ -16,22 +16,26 @@ OTHER = "Other"
 """What stands for the values that too few people hold."""
 
 
-def canonical_people(people: pd.DataFrame, report: Report, min_count: int = MIN_COUNT) -> pd.DataFrame:
+def canonical_people(
+    people: pd.DataFrame, report: Report, min_count: int = MIN_COUNT, *, keep_unknown: bool = False
+) -> pd.DataFrame:
     """
     Profiles as every arm of a comparison gets them.
 
     A text that says nothing ("Prefer not to say", "No answer", "nan") becomes `None`, as [`DemographicProfile`] reads
     it. A value that fewer than `min_count` people hold becomes `"Other"`, together with the people whose answer was
-    "Other"; where all of these are still too few, it becomes `None`.
+    "Other"; where all of these are still too few, it becomes `None`. People of whom nothing is known then are left out:
+    training stops at them, unless the adapter has `missing_demographics="zero"`.
 
     Args:
         people (`pd.DataFrame`): One row per person, index `person_id`, one column per profile field: text, number or
             missing.
-        report (`Report`): Gets the counts.
+        report (`Report`): Gets the counts; people who are left out are dropped from its unit "people".
         min_count (`int`, defaults to `30`): 1 groups nothing.
+        keep_unknown (`bool`, defaults to `False`): Keep the people of whom nothing is known.
 
     Returns:
-        `pd.DataFrame`: Of the same shape, each entry a text or `None`.
+        `pd.DataFrame`: The people who are kept, in their order; each entry a text or `None`.
 
     Raises:
         `ValueError`: A person comes twice, or `min_count` is not positive.
@@ -54,5 +58,9 @@ def canonical_people(people: pd.DataFrame, report: Report, min_count: int = MIN_
         report.note(f"values of `{field}` that fewer than {min_count} people hold, grouped", len(rare))
         columns[field] = column.to_numpy(dtype=object)
     result = pd.DataFrame(columns, index=people.index, dtype=object)
-    report.note("people of whom no field is known", int(result.isna().all(axis=1).sum()))
-    return result
+    unknown = result.isna().all(axis=1)
+    if keep_unknown:
+        report.note("people of whom nothing is known, kept", unknown.sum())
+        return result
+    report.drop("people", "nothing is known of them", unknown.sum())
+    return result[~unknown]

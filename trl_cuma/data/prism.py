@@ -42,6 +42,7 @@ def convert_prism(
     prompts: PromptFormat | None = None,
     splits: SplitOptions | None = None,
     min_count: int = MIN_COUNT,
+    keep_unknown: bool = False,
     languages: Sequence[str] | None = None,
     subset: Literal["included_in_balanced_subset"] | None = None,
 ) -> Conversion:
@@ -63,7 +64,7 @@ def convert_prism(
       drawn at random then); whose rejected answer has the higher score (the two records contradict each other). The
       chosen answer stays in SFT and in the context: with it the conversation went on.
     - A profile: "Prefer not to say" is unknown; "No Affiliation" (religion) is an answer. People of whom nothing is
-      known stay. People of the survey who had no conversation are left out.
+      known are left out, unless `keep_unknown`. People of the survey who had no conversation are left out.
 
     Of the survey, the columns of `FIELDS` alone are read: no self-description and no other text in a person's words.
 
@@ -75,6 +76,8 @@ def convert_prism(
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): What is held out.
         min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other".
+        keep_unknown (`bool`, defaults to `False`): Keep people of whom no field is known, for adapters with
+            `missing_demographics="zero"`.
         languages (`Sequence[str]`, *optional*): Languages of the opening prompt to keep, such as `["en"]`.
         subset (`str`, *optional*): Only the conversations that this column marks.
 
@@ -132,6 +135,7 @@ def convert_prism(
         prompts=prompts,
         splits=splits,
         min_count=min_count,
+        keep_unknown=keep_unknown,
     )
 
 

@@ -49,13 +49,15 @@ def convert_worldvaluesbench(
     weights: str | os.PathLike[str] | None = None,
     max_train_rows: int | None = None,
     min_count: int = MIN_COUNT,
+    keep_unknown: bool = False,
 ) -> Conversion:
     """
     WorldValuesBench (Zhao et al., 2024; arXiv 2404.16308) in TRL's columns.
 
     An answer is one row: the question with lettered options, and the letter of the person's answer. Answers are on the
     adjusted scale, and so are the options' texts. Left out and counted are: blank answers, interview ids that several
-    people share, people without answers, rows whose person and question are in different splits.
+    people share, people without answers or of whom no profile field is known, rows whose person and question are in
+    different splits.
 
     Args:
         folder (`str` or `PathLike`): The checkout of WorldValuesBench in which `data_preparation.py` was run.
@@ -71,6 +73,8 @@ def convert_worldvaluesbench(
         weights (`str` or `PathLike`, *optional*): The World Values Survey's CSV, for a column `weight` (`W_WEIGHT`).
         max_train_rows (`int`, *optional*): A uniform sample of this many training rows. The paper trains on 50,000.
         min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other".
+        keep_unknown (`bool`, defaults to `False`): Keep people of whom no field is known, for adapters with
+            `missing_demographics="zero"`.
 
     Returns:
         [`Conversion`]: Columns of the task, `demographic`, `person_id`, `question_id`, `num_options`, `prompt_group`,
@@ -100,7 +104,9 @@ def convert_worldvaluesbench(
 
     def batches(report: Report) -> Iterator[tuple[str, pa.Table]]:
         people, answers = _read(files, asked, languages, report)
-        profiles = canonical_people(people[list(FIELDS)], report, min_count)
+        profiles = canonical_people(people[list(FIELDS)], report, min_count, keep_unknown=keep_unknown)
+        answers = answers[people.index.isin(profiles.index)]
+        people = people.loc[profiles.index]
         given = people["split"] if of_source else None
         codes = split_rows(split_people(profiles, splits, given)[:, None], prompt_split[None]).astype(np.int8)
         blank = answers < 0
