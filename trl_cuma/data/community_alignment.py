@@ -76,7 +76,8 @@ def convert_community_alignment(
     - A pair: whose rejected text is the chosen one, or comes twice in the turn.
     - In the choice: a turn that has not four different candidates. It stays in the context of the next.
     - A profile: "Prefer not to say" is unknown; "I don't think of myself in this way" (political) is an answer. People
-      of whom nothing is known are left out, unless `keep_unknown`. A field that differs between an annotator's rows is unknown.
+      of whom nothing is known are left out, unless `keep_unknown`. A field that differs between an annotator's rows is
+      unknown.
 
     In the four-way choice, the prompt asks for the letter of the preferred candidate. Their order is drawn by a hash
     of seed, conversation and turn: annotators chose the last place more often than the first, and would teach it.

@@ -24,8 +24,8 @@ def canonical_people(
 
     A text that says nothing ("Prefer not to say", "No answer", "nan") becomes `None`, as [`DemographicProfile`] reads
     it. A value that fewer than `min_count` people hold becomes `"Other"`, together with the people whose answer was
-    "Other"; where all of these are still too few, it becomes `None`. People of whom nothing is known then are left out:
-    training stops at them, unless the adapter has `missing_demographics="zero"`.
+    "Other"; where all of these are still too few, it becomes `None`. People of whom nothing is known then are left
+    out: training stops at them, unless the adapter has `missing_demographics="zero"`.
 
     Args:
         people (`pd.DataFrame`): One row per person, index `person_id`, one column per profile field: text, number or
