@@ -173,6 +173,23 @@ def test_the_sources_own_split_replaces_the_shares() -> None:
     assert set(split_people(people, SplitOptions(split_by=("prompt",)), given)) == {ANY}
 
 
+def test_people_without_a_row_to_train_on_do_not_count() -> None:
+    people = make_people()
+    options = SplitOptions(holdout_combinations=FIELDS, holdout_share=0.7)
+    can_train = np.random.default_rng(0).random(len(people)) < 0.5
+    for mask in (None, can_train):
+        labels = split_people(people, options, can_train=mask)
+        held = people[labels == COMBINATIONS]
+        for field in FIELDS:
+            counts = people[field][(labels == TRAIN) & (True if mask is None else mask)].value_counts()
+            assert min(counts.get(value, 0) for value in held[field].unique()) >= 50
+    everyone = split_people(people, options)
+    counts = [people[field][(everyone == TRAIN) & can_train].value_counts() for field in FIELDS]
+    held = people[everyone == COMBINATIONS]
+    # Without the mask, some value would have kept fewer than 50 who can train.
+    assert min(count.get(value, 0) for field, count in zip(FIELDS, counts, strict=True) for value in held[field]) < 50
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_of_prompts_stay_together_and_fill_the_shares(seed: int) -> None:
     groups = make_groups(seed)

@@ -108,7 +108,12 @@ class SplitOptions:
         return tuple(name for name, wanted in zip(SPLITS, asked, strict=True) if wanted)
 
 
-def split_people(people: pd.DataFrame, options: SplitOptions, given: pd.Series | None = None) -> np.ndarray:
+def split_people(
+    people: pd.DataFrame,
+    options: SplitOptions,
+    given: pd.Series | None = None,
+    can_train: np.ndarray | None = None,
+) -> np.ndarray:
     """
     The split of each person: held-out country, else held-out combination, else as drawn by the shares.
 
@@ -124,6 +129,9 @@ def split_people(people: pd.DataFrame, options: SplitOptions, given: pd.Series |
         given (`pd.Series`, *optional*):
             The source's own split of each id, "train", "validation" or "test", in place of the shares. Of no effect
             where `split_by` leaves out "person".
+        can_train (`np.ndarray`, *optional*):
+            bool, `(people,)`: who has a row with a training prompt, if not everybody: only they count as training
+            people of a value.
 
     Returns:
         `np.ndarray`: int8, `(people,)`: an index into `SPLITS`. Where `split_by` leaves out "person", `ANY` for all
@@ -145,7 +153,8 @@ def split_people(people: pd.DataFrame, options: SplitOptions, given: pd.Series |
     if options.holdout_countries:
         labels[_in_countries(people, options)] = TEST_COUNTRIES
     if options.holdout_combinations:
-        labels[_in_combinations(people, labels, options)] = TEST_COMBINATIONS
+        training = ((labels == TRAIN) | (labels == ANY)) & (True if can_train is None else can_train)
+        labels[_in_combinations(people, labels, training, options)] = TEST_COMBINATIONS
     if emptied := drawn - set(labels.tolist()):
         names = [SPLITS[label] if label != ANY else "train" for label in sorted(emptied)]
         raise ValueError(f"All people of the splits {names} are held out. Hold out fewer, or raise their share.")
@@ -259,10 +268,11 @@ def _in_countries(people: pd.DataFrame, options: SplitOptions) -> np.ndarray:
     return column.isin(chosen).to_numpy()
 
 
-def _in_combinations(people: pd.DataFrame, labels: np.ndarray, options: SplitOptions) -> np.ndarray:
+def _in_combinations(
+    people: pd.DataFrame, labels: np.ndarray, training: np.ndarray, options: SplitOptions
+) -> np.ndarray:
     fields = sorted(options.holdout_combinations)
     first, second = (_known(people, field, "holdout_combinations") for field in fields)
-    training = (labels == TRAIN) | (labels == ANY)
     left = [Counter(column[training]) for column in (first, second)]  # training people of each value
     both = (first.notna() & second.notna()).to_numpy() & (labels != TEST_COUNTRIES)
     pairs = [(a, b) if there else None for a, b, there in zip(first, second, both, strict=True)]

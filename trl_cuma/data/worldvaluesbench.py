@@ -21,7 +21,7 @@ from .keyed import keyed_digest
 from .people import MIN_COUNT, canonical_people
 from .prompts import PromptFormat
 from .report import Report
-from .splits import DROPPED, SPLITS, SplitOptions, split_people, split_prompts, split_rows
+from .splits import ANY, DROPPED, SPLITS, TRAIN, SplitOptions, split_people, split_prompts, split_rows
 from .survey import OPTION_LETTERS
 from .worldvaluesbench_files import (
     FIELDS,
@@ -72,6 +72,7 @@ def convert_worldvaluesbench(
         languages (`Sequence[str]`, *optional*): Languages of the interview to take, as the codebook names them.
         weights (`str` or `PathLike`, *optional*): The World Values Survey's CSV, for a column `weight` (`W_WEIGHT`).
         max_train_rows (`int`, *optional*): A uniform sample of this many training rows. The paper trains on 50,000.
+            Some training people are left without a row then, also of values of held-out combinations.
         min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other".
         keep_unknown (`bool`, defaults to `False`): Keep people of whom no field is known, for adapters with
             `missing_demographics="zero"`.
@@ -108,8 +109,10 @@ def convert_worldvaluesbench(
         answers = answers[people.index.isin(profiles.index)]
         people = people.loc[profiles.index]
         given = people["split"] if of_source else None
-        codes = split_rows(split_people(profiles, splits, given)[:, None], prompt_split[None]).astype(np.int8)
         blank = answers < 0
+        can_train = (~blank & np.isin(prompt_split, (TRAIN, ANY))).any(axis=1)
+        person_split = split_people(profiles, splits, given, can_train)
+        codes = split_rows(person_split[:, None], prompt_split[None]).astype(np.int8)
         report.read("answers", answers.size)
         report.drop("answers", "blank", blank.sum())
         report.drop("answers", "person and question in different splits", (~blank & (codes == DROPPED)).sum())
@@ -136,8 +139,8 @@ def convert_worldvaluesbench(
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:
     """The two files of one of the benchmark's splits."""
-    kinds = ("demographic", "value")
-    return tuple(find_file(folder, f"{name}/{name}_{kind}_qa.tsv") for kind in kinds)  # type: ignore[return-value]
+    demographic, value = (find_file(folder, f"{name}/{name}_{kind}_qa.tsv") for kind in ("demographic", "value"))
+    return demographic, value
 
 
 def _read(
