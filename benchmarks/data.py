@@ -134,6 +134,7 @@ def row_loop(source: Path, output: Path, demographics: str) -> dict[str, int]:
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, (person_id, person) in enumerate(table.iterrows()):
         profile = profiles.loc[person_id].to_dict()
+        language = profile.pop("language")
         opening = prompts.opening(profile, "survey")
         system = [{"role": "system", "content": opening.system}] if opening.system is not None else []
         for column, (name, question) in enumerate(questions.items()):
@@ -148,7 +149,7 @@ def row_loop(source: Path, output: Path, demographics: str) -> dict[str, int]:
                 "person_id": person_id,
                 "question_id": name,
                 "prompt_group": question["prompt_group"],
-                "language": _known(person["S_INTLANGUAGE"]),
+                "language": language,
                 "num_options": question["num_options"],
             }
             rows[SPLITS[split]].append(row)
@@ -181,7 +182,7 @@ def _profiles(table: Any) -> Any:
     import pandas as pd
 
     columns = {}
-    for field, name in FIELDS.items():
+    for field, name in [*FIELDS.items(), ("language", "S_INTLANGUAGE")]:
         values = table[name].map(_known)
         values = values.where(values.isna() | (values.map(values.value_counts()) >= MIN_COUNT), "Other")
         if (values == "Other").sum() < MIN_COUNT:

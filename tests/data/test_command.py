@@ -68,7 +68,7 @@ def test_prepares_and_says_what_it_did(survey, tmp_path, capsys):
     assert {name: len(rows) for name, rows in made.items()} == json.loads((output / "report.json").read_text())["rows"]
 
 
-def test_options_reach_the_converter(survey, tmp_path):
+def test_options_reach_the_converter(survey, tmp_path, capsys):
     options = "--task dpo --demographics system --template paper --people_split random --seed 3 --test 0.2"
     options += " --validation 0.2 --split_by person --holdout_countries 1 --max_train_rows 50 --min_count 20"
     options += " --holdout_combinations gender age --holdout_share 0.2"
@@ -81,7 +81,9 @@ def test_options_reach_the_converter(survey, tmp_path):
     assert len(made["train"]) == 50 and "rejected" in made["train"].column_names
     assert made["train"][0]["prompt"][0]["role"] == "system"
     assert_disjoint(made, ("person",))
-    assert write("english", "--languages", "English") == 2  # too few people for combinations of 30
+    language = next(name for name in made["train"]["language"] if name not in (None, "Other"))
+    assert write("language", "--languages", language, "--overwrite") == 2  # too few people to hold out combinations
+    assert "holdout_combinations" in capsys.readouterr().err
     country = made["test_countries"][0]["demographic"]["country"]
     assert write("two", "--holdout_countries", country) == 0
     again = load(tmp_path / "two", tmp_path)["test_countries"]
@@ -94,6 +96,7 @@ def test_options_reach_the_converter(survey, tmp_path):
         (["--input", "nowhere", "--task", "sft"], "nowhere holds no question_metadata.json"),
         (["--task", "sft", "--test", "1.5"], "`test` is 1.5, expected a share"),
         (["--task", "sft", "--holdout_countries", "Atlantis"], "Atlantis"),
+        (["--task", "sft", "--holdout_countries", "2", "Galdria"], "give one number, or names"),
         (["--task", "dpo", "--messages"], "`messages` is for the task 'sft' only"),
     ],
 )

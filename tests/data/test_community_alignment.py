@@ -108,6 +108,21 @@ def test_sft_rows_are_the_usable_turns(write):
     assert report.notes["candidates without text, left out"] == 3  # two of 3, one of 6
 
 
+def test_turns_of_empty_texts_are_not_there(write):
+    padded = conversation(1, ANN, ("Hello?", list("abcd"), "a"))
+    padded |= {column: "EMPTY STRING" for column in padded if column.startswith(("second_", "third_", "fourth_"))}
+    half = conversation(2, ANN, ("Hello there, you?", list("abcd"), "a"), ("EMPTY STRING", list("efgh"), "a"))
+    blank = conversation(3, ANN, ("And who else?", list("abcd"), "a"), ("Hm.<|end_of_text|>", list("efgh"), "a"))
+    blank |= {"second_turn_preferred_response": "EMPTY STRING"}
+    rows, report = convert(write([padded, half, blank]))
+    assert len(rows) == 3
+    assert report.units["turns"] == 5 and report.drops["turns"] == {"no prompt": 1, "no preferred response": 1}
+    assert report.notes["candidates without text, left out"] == 0
+    blank |= {"second_turn_preferred_response": "response_a<|end_of_text|>"}
+    rows, _ = convert(write([blank]))
+    assert [message["content"] for message in rows[1]["prompt"]] == ["And who else?", "a", "Hm."]
+
+
 def test_people_of_whom_nothing_is_known_are_left_out(write):
     """Eve: conversation 3 (her other one has no opening prompt). Training would stop at her."""
     everyone, _ = convert(write(edge_cases()))
@@ -170,12 +185,50 @@ def test_a_field_that_differs_between_rows_is_unknown(write):
     assert report.notes["people whose rows differ in `age`, which becomes unknown"] == 1
 
 
+def test_a_field_that_is_written_in_two_ways_is_known(write):
+    source = write(
+        [
+            conversation(number, ANN | {"annotator_gender": gender}, (f"{number} who?", list("abcd"), "a"))
+            for number, gender in enumerate(["female", "Female", "FEMALE"])
+        ]
+    )
+    rows, report = convert(source)
+    assert [row["demographic"]["gender"] for row in rows] == ["FEMALE"] * 3  # the first in the order of texts
+    assert not any("differ" in note for note in report.notes)
+
+
+def test_values_of_few_people_are_grouped(write):
+    rows, _ = convert(write(edge_cases()), min_count=2)
+    assert [row["demographic"]["country"] for row in rows if row["person_id"] == "ann"] == ["india"] * 3  # two people
+    assert [row["demographic"]["age"] for row in rows if row["person_id"] == "ann"] == ["Other"] * 3  # one each
+
+
+def test_the_split_of_the_source(write, tmp_path, monkeypatch):
+    (tmp_path / "clone").mkdir()
+    write(edge_cases(), "clone/full_community_alignment.jsonl")
+    write(edge_cases()[:1], "clone/filtered_community_alignment.jsonl")
+    assert {row["conversation_id"] for row in convert(tmp_path / "clone", source_split="filtered")[0]} == {"1"}
+    assert len(convert(tmp_path / "clone", source_split="full")[0]) == 6
+    with pytest.raises(ValueError, match="several files that could be meant: filtered_.*full_"):
+        convert(tmp_path / "clone")
+    with pytest.raises(ValueError, match="no file of split 'test'"):
+        convert(tmp_path / "clone", source_split="test")
+
+    asked, data = [], Dataset.from_list(edge_cases())
+    monkeypatch.setattr(
+        "trl_cuma.data.reading.load_dataset", lambda *names, **options: asked.append((names, options)) or data
+    )
+    convert("a/b", config="benchmark", source_split="filtered")
+    convert("a/b")
+    assert asked == [(("a/b", "benchmark"), {"split": "filtered"}), (("a/b", None), {"split": "train"})]
+
+
 def test_languages_and_subsets_are_kept_or_counted(write):
     source = write([*edge_cases(), conversation(9, BEN, ("?", list("abcd"), "a"), in_balanced_subset=False)])
     rows, report = convert(source, languages=["pt", "fr"])
     assert [(row["conversation_id"], row["language"]) for row in rows] == [("8", "pt")]
-    assert report.drops["conversations"]["of another language, or of none"] == 8
-    assert report.drops["people"] == {"no conversation of theirs is kept": 2}
+    assert report.drops["conversations"]["of another language, or of none"] == 7  # and one has no prompt
+    assert report.drops["people"] == {"none of their conversations gave a row": 2}
     _, report = convert(source, subset="in_balanced_subset")
     assert report.drops["conversations"]["not in the subset `in_balanced_subset`"] == 1
     with pytest.raises(ValueError, match="No conversation is left"):

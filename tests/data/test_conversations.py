@@ -41,7 +41,7 @@ def turn(number=0, chosen=0, candidates=("a", "b", "c", "d"), scores=None):
 
 def rows(turns, task="sft", opening=PLAIN, prompts=None, report=None):
     prompts = prompts or PromptFormat()
-    return list(conversation_rows(turns, opening, prompts, task, "0\0c", report or Report("")))
+    return list(conversation_rows(turns, opening, prompts, task, (0, "c"), report or Report("")))
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,18 @@ def test_a_choice_needs_four_different_candidates(candidates):
 
 def test_the_chosen_candidate_is_in_every_place_as_often():
     # Each of 4 places has probability 1/4: over 4000 turns 1000 ± 4 standard errors of sqrt(4000 · 1/4 · 3/4) = 27.4.
-    places = Counter(candidate_order(turn(number), "0\0c").index(3) for number in range(4000))
+    places = Counter(candidate_order(turn(number), (0, "c")).index(3) for number in range(4000))
     assert all(abs(places[place] - 1000) < 110 for place in range(4))
 
 
 def test_the_order_of_candidates_follows_from_seed_conversation_and_turn():
     drawn = {
-        candidate_order(turn(number), key)[0] for number in (0, 1) for key in ("0\0c1", "0\0c2", "1\0c1", "1\0c2")
+        candidate_order(turn(number), key)[0]
+        for number in (0, 1)
+        for key in ((0, "c1"), (0, "c2"), (1, "c1"), (1, "c2"))
     }
     assert len(drawn) > 1
-    assert candidate_order(turn(1), "0\0c1") == candidate_order(turn(1, chosen=2), "0\0c1")
+    assert candidate_order(turn(1), (0, "c1")) == candidate_order(turn(1, chosen=2), (0, "c1"))
 
 
 @pytest.mark.parametrize("languages", ["en", []])
@@ -185,10 +187,18 @@ def test_languages_are_a_list(languages):
         check_languages(languages)
 
 
-def conversion(heads, task="sft", splits=None, min_count=1):
-    """Conversations of one turn, from memory."""
+def two_turns(head):
+    return [Turn(0, head.prompt, ("a", "b"), 0), Turn(1, "And?", ("c", "d"), 1)]
+
+
+def conversion(heads, task="sft", splits=None, min_count=1, prompts=None, turns=two_turns, countries=("Alba",)):
+    """Conversations from memory; `turns` are those of a head, and people live in these countries by turns."""
     people = {head.person_id: None for head in heads}
-    table = pd.DataFrame({"country": ["Alba"] * len(people)}, index=list(people), dtype=object)
+    table = pd.DataFrame(
+        {"country": [countries[number % len(countries)] for number in range(len(people))]},
+        index=list(people),
+        dtype=object,
+    )
 
     def read_heads(report):
         report.read("conversations", len(heads))
@@ -197,7 +207,7 @@ def conversion(heads, task="sft", splits=None, min_count=1):
     def read_turns(kept, report):
         for head in heads:
             if head.conversation_id in kept:
-                yield head.conversation_id, [Turn(0, head.prompt, ("a", "b"), 0), Turn(1, "And?", ("c", "d"), 1)]
+                yield head.conversation_id, turns(head)
 
     return convert_conversations(
         "Talk",
@@ -205,8 +215,8 @@ def conversion(heads, task="sft", splits=None, min_count=1):
         read_turns,
         fields=["country"],
         task=task,
-        tasks=("sft", "dpo"),
-        prompts=None,
+        tasks=("sft", "dpo") if turns is two_turns else ("sft", "dpo", "choice"),
+        prompts=prompts,
         splits=splits,
         min_count=min_count,
         keep_unknown=False,
@@ -251,6 +261,114 @@ def test_the_split_of_a_conversation_does_not_depend_on_the_order_of_the_rows():
         }
 
     assert places(many()) == places(shuffled)
+
+
+LETTERS = ("a", "b", "c", "d")
+OF_PERSON = {  # turns of a conversation, by its person
+    "every": [Turn(0, "?", LETTERS, 0), Turn(1, "?", LETTERS, 1)],
+    "second": [Turn(0, "?", ("a", "a"), 0), Turn(1, "?", LETTERS, 1)],  # neither pair nor choice in the first turn
+    "none": [Turn(0, "?", ("a",), 0), Turn(1, "?", ("b", "b"), 0), "no prompt"],
+    "unusable": ["no prompt", Turn(1, "?", LETTERS, 0)],
+}
+NO_ROW = "none of their conversations gave a row"
+
+
+@pytest.mark.parametrize(
+    ("task", "messages", "turns", "conversations", "people"),
+    [
+        ("sft", False, {}, {}, {NO_ROW: 1}),
+        ("sft", True, {"in the row of their conversation's last turn": 3}, {}, {NO_ROW: 1}),
+        ("dpo", False, {"no pair": 3}, {"no pair": 1}, {NO_ROW: 2}),
+        ("choice", False, {"not 4 different candidates to choose from": 3}, {"no choice": 1}, {NO_ROW: 2}),
+    ],
+)
+def test_what_is_kept_is_what_is_in_the_rows(task, messages, turns, conversations, people):
+    heads = [Head(person, person, f"{person} asks", "en") for person in OF_PERSON]
+    made = conversion(
+        heads,
+        task,
+        SplitOptions(split_by=("prompt",), test=0.0),
+        prompts=PromptFormat(messages=messages),
+        turns=lambda head: OF_PERSON[head.person_id],
+    )
+    rows, report = made.datasets()["train"].to_list(), made.report
+    assert report.kept("people") == len({row["person_id"] for row in rows})
+    assert report.kept("conversations") == len({row["conversation_id"] for row in rows})
+    assert report.kept("turns") == len({(row["conversation_id"], row["turn"]) for row in rows})
+    assert report.kept(list(report.units)[-1]) == len(rows)
+    later = {"no prompt": 2, "after a turn that is missing or can't be used": 1}
+    assert report.drops["turns"] == turns | later
+    assert report.drops["conversations"] == conversations | {"no turn can be used": 1}
+    assert report.drops["people"] == people
+
+
+def test_people_between_the_splits_are_not_kept():
+    made = conversion([head for head in many() if head.conversation_id.endswith("-0")], splits=SplitOptions(test=0.3))
+    people = {row["person_id"] for data in made.datasets().values() for row in data}
+    assert made.report.kept("people") == len(people) < 30
+    assert made.report.drops["people"] == {NO_ROW: 30 - len(people)}
+
+
+def test_opening_prompts_that_are_alike_share_a_group():
+    # A text of 26 characters has 22 five-grams; one that goes on has these and one more per character.
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [letters, letters + "1234567"]  # 22 of 29: 0.76
+    texts += [letters[::-1], letters[::-1] + "12345678901234"]  # 22 of 36: 0.61
+    heads = [Head(f"c{number}", f"person-{number}", text, "en") for number, text in enumerate(texts)]
+    data = conversion(heads, splits=SplitOptions(split_by=("prompt",), test=0.0)).datasets()["train"]
+    group = dict(zip(data["conversation_id"], data["prompt_group"], strict=True))
+    assert group == {"c0": "c0", "c1": "c0", "c2": "c2", "c3": "c3"}
+
+
+def test_the_seed_draws_the_order_of_candidates():
+    heads = [Head(f"c{number}", f"person-{number}", f"word{number} " * 3, "en") for number in range(20)]
+
+    def prompts_with(seed):
+        splits = SplitOptions(split_by=("prompt",), test=0.0, seed=seed)
+        made = conversion(heads, "choice", splits, turns=lambda head: [Turn(0, head.prompt, LETTERS, 0)])
+        return [row["prompt"] for row in made.datasets()["train"]]
+
+    assert prompts_with(0) == prompts_with(0) != prompts_with(1)
+
+
+def test_a_choice_states_the_profile_as_for_a_choice():
+    heads = [Head("c0", "person-0", "Hello?", "en")]
+    for template in ("plain", "paper"):
+        prompts = PromptFormat(demographics="system", template=template)
+        for task, kind in (("sft", "chat"), ("dpo", "chat"), ("choice", "choice")):
+            made = conversion(
+                heads,
+                task,
+                SplitOptions(split_by=("prompt",), test=0.0),
+                prompts=prompts,
+                turns=lambda head: [Turn(0, head.prompt, LETTERS, 0)],
+            )
+            system = made.datasets()["train"][0]["prompt"][0]["content"]
+            assert system == prompts.opening({"country": "Alba"}, kind).system
+
+
+def test_values_of_few_people_are_grouped():
+    # 30 people by turns in Alba, Alba and Belo: 20 and 10
+    made = conversion(many(), splits=SplitOptions(test=0.3), min_count=11, countries=("Alba", "Alba", "Belo"))
+    with pytest.raises(ValueError, match="No conversation is left"):
+        conversion(many(), splits=SplitOptions(test=0.3), min_count=31).datasets()
+    values = {row["demographic"]["country"] for data in made.datasets().values() for row in data}
+    assert values == {"Alba"}  # "Other" would be as rare: they are people of whom nothing is known
+    assert made.report.drops["people"]["nothing is known of them"] == 10
+
+
+def test_what_is_left_out_changes_no_ones_split():
+    """Who trains on everything and tests in one language must not meet what was trained on."""
+    heads = many()
+    splits = SplitOptions(test=0.3, validation=0.2)
+    everything = conversion(heads, splits=splits).datasets()
+    half = [head._replace(left_out="of another language" if number % 2 else None) for number, head in enumerate(heads)]
+    made = conversion(half, splits=splits)
+    some = made.datasets()
+    for name in everything:
+        chosen = {head.conversation_id for head in half if not head.left_out}
+        assert set(some[name]["conversation_id"]) == set(everything[name]["conversation_id"]) & chosen
+    assert made.report.drops["conversations"]["of another language"] == len(heads) // 2
 
 
 def test_rows_come_in_batches(monkeypatch):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 import os
 import stat
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -80,7 +81,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path):
         raise ValueError("line 7 is malformed")
 
     with pytest.raises(ValueError, match="line 7"):
-        make(batches()).save(tmp_path / "out")
+        make(batches()).save(tmp_path / "made" / "for" / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,6 +109,47 @@ def test_what_somebody_else_wrote_is_never_replaced(two_splits, tmp_path):
     with pytest.raises(FileExistsError, match="Name another folder"):
         two_splits.save(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_report_of_another_program_is_no_licence_to_replace(two_splits, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="Name another folder"):
+        two_splits.save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "report.json").read_text() == "{}"
+
+
+def test_a_link_stays_a_link(two_splits, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    two_splits.save(tmp_path / "out")
+    two_splits.save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "report.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_the_working_folder_is_refused_at_once(two_splits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="the folder that this runs in"):
+        two_splits.save(".")
+    assert two_splits.report is None
+
+
+def test_an_interrupted_exchange_of_folders_is_undone(two_splits, tmp_path, monkeypatch):
+    two_splits.save(tmp_path / "out")
+    rename = Path.rename
+
+    def interrupt(self, target):
+        if target == tmp_path / "out" and "earlier" not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make([("train", rows(9))]).save(tmp_path / "out", overwrite=True)
+    loaded = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert loaded["train"]["turn"][:] == [0, 1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
 
 
 def test_an_empty_folder_will_do(two_splits, tmp_path):

@@ -229,6 +229,60 @@ def test_every_form_of_a_local_copy(tmp_path, monkeypatch):
     assert hub.to_list() == expected and asked == [("Anthropic/llm_global_opinions", "train")]
 
 
+def test_a_dictionary_of_splits(tmp_path):
+    rows = edge_cases()
+    expected = convert_global_opinions(to_csv(tmp_path / "a.csv", rows), splits=NO_TEST).datasets()["train"].to_list()
+    loaded = DatasetDict({"train": Dataset.from_list(rows), "other": Dataset.from_list(rows[:1])})
+    assert convert_global_opinions(loaded, splits=NO_TEST).datasets()["train"].to_list() == expected
+
+
+def test_only_a_missing_number_is_missing(tmp_path):
+    """`nan` inside a text is a text, beside numbers that are missing, too."""
+    whole = hub_row("Who?", {"Alba": [0.5, 0.5], "Belo": [0.2, 0.8]}, ["Ask nan, then", "Or [nan] then"])
+    gaps = hub_row(
+        "Whom?", {"Alba (nan)": [0.5, 0.5, 0.0], "Belo": [0.1, 0.9, 0.0]}, ["My nan, yes", "No", float("nan")]
+    )
+    data = convert_global_opinions(to_csv(tmp_path / "a.csv", [whole, gaps]), splits=NO_TEST).datasets()["train"]
+    rows = by_cell(data)
+    assert rows["Who?", "Alba"]["options"] == ["Ask nan, then", "Or [nan] then"]
+    assert rows["Whom?", "Alba (nan)"]["options"] == ["My nan, yes", "No"]
+
+
+def test_shares_are_rounded(tmp_path):
+    """Percentages that are rounded one by one: their sum may be off by 0.05 and no more."""
+    shares = {"Alba": [0.649, 0.4], "Belo": [0.551, 0.4], "Coro": [0.651, 0.4], "Dano": [0.549, 0.4]}
+    source = to_csv(tmp_path / "a.csv", [hub_row("Good?", shares, ["Yes", "No"])])
+    conversion = convert_global_opinions(source, splits=NO_TEST)
+    rows = by_cell(conversion.datasets()["train"])
+    assert {country for _, country in rows} == {"Alba", "Belo"}
+    np.testing.assert_allclose(rows["Good?", "Alba"]["distribution"], [0.649 / 1.049, 0.4 / 1.049])
+    assert conversion.report.drops["cells"] == {"shares that don't sum to 1": 2}
+
+
+def test_a_country_of_two_names(tmp_path):
+    """It is counted in both layouts, and held out under either name."""
+    countries = ["S. Korea", "Land 1", "Land 2", "Land 3"]
+    hub = [row | {"selections": repr({country: [0.2, 0.3, 0.5] for country in countries})} for row in many(8)]
+    lines = [
+        {
+            "qid": f"q{number}",
+            "question": row["question"],
+            "country": country,
+            "options": SCALE,
+            "dist": [0.2, 0.3, 0.5],
+        }
+        for number, row in enumerate(hub)
+        for country in countries
+    ]
+    for source in (to_csv(tmp_path / "a.csv", hub), to_jsonl(tmp_path / "b.jsonl", lines)):
+        for names in (("S. Korea",), ("South Korea",), ("S. Korea", "South Korea")):
+            splits = SplitOptions(split_by=("prompt",), test=0.3, holdout_countries=names)
+            conversion = convert_global_opinions(source, splits=splits)
+            data = conversion.datasets()
+            assert {row["demographic"]["country"] for row in data["test_countries"]} == {"South Korea"}
+            assert conversion.report.notes["cells whose country has another name"] == 8
+
+
 @pytest.mark.parametrize("source", ["no_such.csv", "no_such.jsonl", "no_such.parquet", "no_such_folder"])
 def test_a_missing_source(tmp_path, source):
     with pytest.raises(FileNotFoundError, match="no_such"):
@@ -303,10 +357,23 @@ def test_held_out_countries_meet_test_questions_only(tmp_path):
     # 20 questions, 5 of them for testing: 15 * 2 cells of the held-out countries are in no split
     dropped = conversion.report.to_dict()["units"]["cells"]["dropped"]
     assert dropped == {"of a held-out country and a question that is not for testing": 30}
+    assert conversion.report.kept("questions") == 20
     named = SplitOptions(split_by=("prompt",), test=0.25, holdout_countries=("Land 4",))
     data = convert_global_opinions(source, splits=named).datasets()
     assert {row["demographic"]["country"] for row in data["test_countries"]} == {"Land 4"}
     assert "Land 4" not in {row["demographic"]["country"] for split in ("train", "test") for row in data[split]}
+
+
+def test_questions_of_held_out_countries_alone_are_not_kept(tmp_path):
+    """They have a row where they are for testing, and none where they are not."""
+    rows = many()
+    for row in rows[10:]:
+        row["selections"] = repr({"Land 0": [0.2, 0.3, 0.5], "Land 1": [0.5, 0.3, 0.2]})
+    splits = SplitOptions(split_by=("prompt",), test=0.25, holdout_countries=("Land 0", "Land 1"))
+    conversion = convert_global_opinions(to_csv(tmp_path / "a.csv", rows), splits=splits)
+    questions = {row["question_id"] for part in conversion.datasets().values() for row in part}
+    assert conversion.report.kept("questions") == len(questions) < 20
+    assert conversion.report.drops["questions"] == {"no cell of theirs is in a split": 20 - len(questions)}
 
 
 def test_questions_of_nearly_the_same_text_stay_together(tmp_path):

@@ -73,6 +73,37 @@ def test_a_held_out_country_is_in_no_other_split(other: str, by: tuple[str, ...]
         assert_disjoint({name: Dataset.from_dict(rows) for name, rows in splits.items()}, by)
 
 
+def test_a_held_out_combination_is_in_no_training_row() -> None:
+    people = {"train": [("X", "a"), ("Y", "b"), (None, "c")], "test_combinations": [("X", "b"), (None, "c")]}
+
+    def data() -> dict[str, Dataset]:
+        return {
+            name: Dataset.from_dict(
+                {
+                    "person_id": [f"{name}{row}" for row in range(len(pairs))],
+                    "prompt_group": [name] * len(pairs),
+                    "demographic": [{"country": country, "religion": religion} for country, religion in pairs],
+                }
+            )
+            for name, pairs in people.items()
+        }
+
+    assert_disjoint(data(), holdout_combinations=("country", "religion"))
+    people["train"].append(("X", "b"))
+    assert_disjoint(data())
+    with pytest.raises(AssertionError, match="share 1 combinations of 'country' and 'religion'"):
+        assert_disjoint(data(), holdout_combinations=("country", "religion"))
+
+
+def test_what_cannot_be_compared_is_an_error() -> None:
+    split = Dataset.from_dict({"person_id": ["a"], "prompt_group": ["g"]})
+    for by in (("persn",), (), "person"):
+        with pytest.raises(ValueError, match="`split_by` is"):
+            assert_disjoint({"train": split}, by)
+    with pytest.raises(TypeError, match=r"\['train'\] are no `Dataset`"):
+        assert_disjoint({"train": split.to_iterable_dataset()})
+
+
 def test_rows_of_countries_have_no_people() -> None:
     splits = {
         name: Dataset.from_dict({"prompt_group": [name], "demographic": [{"country": name}]})

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Json, List, load_dataset, load_from_disk
 
 from trl_cuma.data.leakage import assert_disjoint
 from trl_cuma.data.prism import convert_prism
@@ -128,7 +128,7 @@ def test_profiles(write):
     assert [profiles["user1"][field] for field in ("religion", "ethnicity", "age", "country")] == [None] * 3 + ["Alba"]
     assert set(profiles["user3"].values()) == {None}  # kept, and counted
     assert report.notes["people of whom nothing is known, kept"] == 1
-    assert report.units["people"] == 4 and report.drops["people"] == {"no conversation of theirs is kept": 1}
+    assert report.units["people"] == 4 and report.drops["people"] == {"no conversation of theirs can be split": 1}
 
 
 def test_nothing_in_a_persons_own_words_but_prompts_is_kept(write):
@@ -148,7 +148,9 @@ def test_the_language_is_that_of_the_opening_prompt(write):
     }
     rows, report = convert(write(), languages=["en"])
     assert {row["conversation_id"] for row in rows} == {"c0"}
-    assert report.drops["conversations"]["of another language, or of none"] == 6  # all but c0 and c4
+    assert (
+        report.drops["conversations"]["of another language, or of none"] == 5
+    )  # all but c0 and c4, and one without its person
 
 
 def test_metadata_is_optional_unless_languages_are_chosen(write, tmp_path):
@@ -191,6 +193,66 @@ def test_every_form_of_the_tables_reads_the_same(write, tmp_path, monkeypatch):
     assert asked_for == [("HannahRoseKirk/prism-alignment", name, "train") for name in tables]
 
 
+def test_tables_as_the_hub_serves_them(write, tmp_path, monkeypatch):
+    """JSON Lines through `load_dataset`: entries of a history have not the same keys, and are kept as JSON."""
+    expected, _ = convert(write(), task="dpo")
+    cache = str(tmp_path / "cache")
+    tables = {
+        name: load_dataset("json", data_files=str(tmp_path / f"{name}.jsonl"), split="train", cache_dir=cache)
+        for name in ("survey", "conversations", "metadata")
+    }
+    assert tables["conversations"].features["conversation_history"] == List(Json())
+    monkeypatch.setattr("trl_cuma.data.reading.load_dataset", lambda source, config, split: tables[config])
+    assert convert("HannahRoseKirk/prism-alignment", task="dpo")[0] == expected
+    for name, table in tables.items():
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        table.save_to_disk(tmp_path / "saved" / name)
+    assert load_from_disk(tmp_path / "saved" / "conversations").features["conversation_history"] == List(Json())
+    assert convert(tmp_path / "parquet", task="dpo")[0] == expected
+    assert convert(tmp_path / "saved", task="dpo")[0] == expected
+
+
+def test_numbers_as_tables_with_gaps_write_them(write):
+    history = [asked(0, "?"), answers(0, ("a", float("nan"), True), ("b", 50, False), ("c", float("nan"), False))]
+    for entry in history[1]:
+        entry["within_turn_id"] = float(entry["within_turn_id"])
+    rows, report = convert(write([conversation(0, "user0", *history)]), task="dpo")
+    assert [row["rejected"][0]["content"] for row in rows] == ["b", "c"]  # an unknown score denies nothing
+    history[1][0]["score"], history[1][2]["if_chosen"], history[1][2]["content"] = 60, True, "a"
+    rows, report = convert(write([conversation(0, "user0", *history)]), task="dpo")
+    assert [row["rejected"][0]["content"] for row in rows] == ["b"]  # 60 > 50, whichever of the two came first
+    history[1][0], history[1][2] = history[1][2] | {"within_turn_id": 0.0}, history[1][0] | {"within_turn_id": 2.0}
+    assert convert(write([conversation(0, "user0", *history)]), task="dpo")[0] == rows
+
+
+def test_candidates_go_by_number_and_not_by_text(write):
+    texts = [f"candidate {number}" for number in range(12)]
+    history = [asked(0, "?"), answers(0, *((text, 50 - number, number == 0) for number, text in enumerate(texts)))]
+    for form in (int, float, str):
+        for number, entry in enumerate(history[1]):
+            entry["within_turn_id"] = form(number)
+        rows, _ = convert(write([conversation(0, "user0", *history)]), task="dpo")
+        assert [row["rejected"][0]["content"] for row in rows] == texts[1:]
+
+
+def test_values_of_few_people_are_grouped(write):
+    rows, _ = convert(write(), min_count=2)
+    assert {row["demographic"]["country"] for row in rows if row["person_id"] == "user0"} == {"Alba"}
+    assert {row["demographic"]["age"] for row in rows} == {None}  # held by user0 alone
+
+
+@pytest.mark.parametrize("source", [Path("no_such_folder"), "no_such_folder"])
+def test_no_such_folder(source):
+    with pytest.raises(FileNotFoundError, match="no_such_folder is neither a file, nor a folder"):
+        convert_prism(source)
+
+
+def test_a_loaded_table_is_not_the_whole_data_set():
+    with pytest.raises(TypeError, match="`source` is a Dataset, expected"):
+        convert_prism(Dataset.from_list(SURVEY))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -199,6 +261,8 @@ def test_every_form_of_the_tables_reads_the_same(write, tmp_path, monkeypatch):
         ({"if_chosen": None}, "`if_chosen` of entry 1 is neither true nor false"),
         ({"score": "17"}, "the `score` of entry 1 is no number"),
         ({"within_turn_id": None}, "`within_turn_id` of entry 1 is no integer"),
+        ({"within_turn_id": 1.5}, "`within_turn_id` of entry 1 is no integer"),
+        ({"within_turn_id": float("nan")}, "`within_turn_id` of entry 1 is no integer"),
         ({"content": 17}, "expected text, got int"),
     ],
 )

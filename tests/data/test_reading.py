@@ -3,8 +3,9 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Json, List, load_dataset
 
 from trl_cuma.data import reading
 from trl_cuma.data.reading import Row, open_table
@@ -127,6 +128,7 @@ def test_a_broken_file_names_the_row(tmp_path, name, content, message):
         ("identifier", True, "expected text, got bool"),
         ("identifier", 1.5, "expected text, got float"),
         ("flag", "SECRET", "expected true or false"),
+        ("flag", 2, "expected text, got int"),
     ],
 )
 def test_a_cell_of_another_type_is_named_and_not_shown(method, value, message):
@@ -147,6 +149,12 @@ def test_a_cell_of_another_type_is_named_and_not_shown(method, value, message):
         ("flag", "false", False),
         ("flag", None, False),
         ("flag", True, True),
+        ("flag", 1, True),
+        ("flag", 0, False),
+        ("flag", 1.0, True),  # of a column that has gaps elsewhere
+        ("flag", float("nan"), False),
+        ("flag", "1", True),
+        ("flag", "0.0", False),
     ],
 )
 def test_cells_as_files_write_them(method, value, read_as):
@@ -162,8 +170,128 @@ def test_what_is_not_there(tmp_path):
         open_table(tmp_path)
     (tmp_path / "a.csv").touch()
     (tmp_path / "b.jsonl").touch()
-    with pytest.raises(ValueError, match="several kinds"):
+    with pytest.raises(ValueError, match=r"several files that could be meant: a\.csv, b\.jsonl"):
         open_table(tmp_path)
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):
         open_table(tmp_path / "saved", split="test")
+
+
+def test_json_in_a_column_reads_as_from_the_file_itself(tmp_path):
+    """`datasets` keeps objects that have not all the same keys as JSON; so the Hub serves JSON Lines."""
+    rows = [
+        {"id": 1, "talk": [{"role": "user"}, {"role": "model", "score": 7, "more": {"a": None}}], "place": {"x": "a"}},
+        {"id": 2, "talk": None, "place": None},
+        {"id": 3, "talk": [], "place": {"x": "b", "y": [1]}},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert data.features["talk"] == List(Json())  # else this test tries nothing
+    places = [row["place"] and json.dumps(row["place"]) for row in rows]
+    data = data.remove_columns("place").add_column("place", places, feature=Json())
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    expected = [{"id": row["id"], "talk": row["talk"], "place.x": row["place"] and row["place"]["x"]} for row in rows]
+    for source in (path, data, tmp_path / "a.parquet", tmp_path / "saved"):
+        assert [row.cells for row in open_table(source).rows(["id", "talk", "place.x"])] == expected
+
+
+def test_what_is_missing_in_csv_is_missing_as_the_hub_reads_it(tmp_path):
+    texts = ["None", "NA", "null", "nan", "N/A", "", "none", "Nothing", "-"]
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n" + "".join(f"{number},{text}\n" for number, text in enumerate(texts)))
+    loaded = load_dataset("csv", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    local = [row.text("text") for row in open_table(path).rows(["text"])]
+    assert local == [None] * 6 + ["none", "Nothing", "-"]
+    assert local == [row.text("text") for row in open_table(loaded).rows(["text"])]
+
+
+def test_a_long_cell_and_a_mark_of_the_byte_order(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfid,text,note\n1," + b"y" * 140_000 + b",\n")
+    assert [len(row.text("text")) for row in open_table(path).rows(["id", "text"])] == [140_000]
+
+
+def layout(folder, *names):
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"id": number, "text": None}
+        Dataset.from_list([row]).to_parquet(path) if path.suffix == ".parquet" else write_lines(path, [row])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "ids"),
+    [
+        (["default/filtered/0000.parquet", "default/train/0000.parquet", "default/train/0001.parquet"], {}, "12"),
+        (["default/filtered/0000.parquet", "default/train/0000.parquet"], {"split": "filtered"}, "0"),
+        (["a/train/0000.parquet", "b/train/0000.parquet"], {"config": "b"}, "1"),
+        (["data/filtered_rows.jsonl", "data/full_rows.jsonl"], {"split": "full"}, "1"),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.parquet"], {}, "01"),
+        (["rows-0.parquet", "rows-1.parquet"], {}, "01"),
+        (["rows.jsonl"], {}, "0"),
+        # beside the data: what describes it
+        (["rows.jsonl", "dataset_infos.json", "dataset_info.json"], {}, "0"),
+    ],
+)
+def test_the_files_of_a_folder_that_are_meant(tmp_path, names, options, ids):
+    assert "".join(row[1] for row in read(layout(tmp_path, *names), **options)) == ids
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["data/filtered_rows.jsonl", "data/full_rows.jsonl"], {}, "several files .*filtered_rows.*full_rows"),
+        (["a/train/0000.parquet", "b/train/0000.parquet"], {}, "several files .*a/train/0000.*b/train/0000"),
+        (["rows.jsonl"], {"split": "filtered"}, "no file of split 'filtered', only rows"),
+        (["unfiltered.jsonl"], {"split": "filtered"}, "no file of split 'filtered'"),
+        (["train.jsonl"], {"config": "benchmark"}, "no file of config 'benchmark', only train"),
+    ],
+)
+def test_a_folder_in_which_it_is_not_clear_what_is_meant(tmp_path, names, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_table(layout(tmp_path, *names), **options)
+
+
+def test_a_split_of_a_loaded_data_set():
+    data = DatasetDict({"train": Dataset.from_list(ROWS), "other": Dataset.from_list(ROWS[:1])})
+    assert read(data) == EXPECTED
+    assert read(data, split="other") == EXPECTED[:1]
+    with pytest.raises(ValueError, match=r"no split 'test', only \['train', 'other'\]"):
+        open_table(data, split="test")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError, ValueError])
+def test_what_is_neither_here_nor_on_the_hub(monkeypatch, error):
+    def fail(*names, **options):
+        raise error("no such thing")
+
+    monkeypatch.setattr(reading, "load_dataset", fail)
+    kind = ValueError if error is ValueError else OSError
+    with pytest.raises(kind, match="data/prism is no file or folder here, and could not .* Hub: no such thing"):
+        open_table("data/prism")
+
+
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    Dataset.from_list([{"id": 1, "text": "a", "place": {"kept": "k", "own_words": "w"}, "note": "n"}]).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema in ("note", "place.own_words"):
+            start = column.dictionary_page_offset or column.data_page_offset
+            content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    columns = ["id", "text", "place.kept"]
+    assert [row.cells for row in open_table(path).rows(columns)] == [{"id": 1, "text": "a", "place.kept": "k"}]
+    with pytest.raises(OSError):
+        list(open_table(path).rows(["note"]))
+
+    asked = []
+    formatted = Dataset.with_format
+    monkeypatch.setattr(
+        Dataset, "with_format", lambda data, *args: asked.append(data.column_names) or formatted(data, *args)
+    )
+    assert read(Dataset.from_list(ROWS)) == EXPECTED
+    assert asked == [["id", "text"]]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,9 @@ def test_weights(folder, tmp_path):
     (tmp_path / "wvs.csv").write_text("D_INTERVIEW;W_WEIGHT\n101;0.5\n103;heavy\n")
     with pytest.raises(ValueError, match=r"wvs.csv, line 3, column W_WEIGHT: not a positive number"):
         convert(folder, weights=tmp_path / "wvs.csv").datasets()
+    (tmp_path / "wvs.csv").write_text("D_INTERVIEW,W_WEIGHT\n999,1\n")
+    with pytest.raises(ValueError, match="a weight of none of the people"):
+        convert(folder, weights=tmp_path / "wvs.csv").datasets()
 
 
 def test_questions_and_languages(folder):
@@ -241,6 +245,72 @@ def test_questions_and_languages(folder):
         convert(folder, questions=["Q1", "Q6"])
     with pytest.raises(ValueError, match=r"\['Klingon'\], in which no interview was held"):
         convert(folder, languages=["Klingon"]).datasets()
+
+
+def test_what_is_chosen_changes_no_ones_split(tmp_path):
+    splits = SplitOptions(test=0.3, holdout_combinations=("gender", "age"))
+    everything = simulated(tmp_path, people_split="random", splits=splits).datasets()
+    languages = sorted(set(everything["train"]["language"]) - {None, "Other"})[:2]
+    questions = (
+        sorted(set(everything["train"]["question_id"]))[:4] + sorted(set(everything["test"]["question_id"]))[:2]
+    )
+    some = convert_worldvaluesbench(
+        tmp_path / "wvb",
+        people_split="random",
+        splits=replace(splits, holdout_combinations=None),
+        languages=languages,
+        questions=questions,
+    ).datasets()
+    for column in ("person_id", "question_id"):
+        for here, there in (("train", "test"), ("test", "train")):
+            assert not set(some[here][column]) & set(everything[there][column])
+
+
+def test_questions_that_share_their_text_are_worded_by_the_codebook(tmp_path):
+    metadata = METADATA | {"Q2": METADATA["Q2"] | {"question": METADATA["Q4"]["question"]}}
+    folder = write(tmp_path / "wvb", {"train": [ANN], "test": [CY]}, metadata=metadata)
+    texts = {name: asked.question.text for name, asked in read_questions(folder).items()}
+    assert (texts["Q2"], texts["Q4"], texts["Q5"]) == ("Parents", "Elections", "How often do you whistle?")
+
+
+def test_people_with_nothing_but_blanks_and_rows_without_people_are_counted(tmp_path):
+    answers = ANSWERS | {"102": [""] * 5, "104": ["1", "1", "1", "1", "1"]}
+    folder = write(tmp_path / "wvb", {"train": [ANN, BO], "test": [CY]}, answers)
+    with open(folder / "WorldValuesBench" / "train" / "train_value_qa.tsv", "a") as file:
+        file.write("104\t1\t1\t1\t1\t1\n")
+    conversion = convert(folder)
+    assert set(conversion.datasets()["train"]["person_id"]) == {"101"}
+    assert conversion.report.drops["people"] == {"only blank answers": 1}
+    assert conversion.report.notes["rows of answers without a person, left out"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "entry", "message"),
+    [
+        ("question_metadata", "Q1", {"use_case": "value", "answer_scale_min": 1, "answer_scale_max": 2}, "no text"),
+        ("question_metadata", "Q1", [], "entry Q1 is no JSON object"),
+        ("codebook", "Q1", {"question": "Salt", "choices": {"1": None, "2": "No"}}, "'1' must be a whole number"),
+        ("codebook", "Q1", {"question": "Salt", "choices": {"a": "Yes"}}, "'a' must be a whole number"),
+        ("codebook", "Q1", {"question": "Salt"}, "expected a JSON object"),
+        ("answer_adjustment", "Q1", ["3"], "expected a JSON object"),
+        ("answer_adjustment", "Q1", {"3": None}, "'3' must be a whole number"),
+    ],
+)
+def test_a_malformed_entry_of_the_metadata_is_named(folder, file, name, entry, message):
+    path = folder / "dataset_construction" / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: entry}))
+    with pytest.raises(ValueError, match=f"{file}.json.*{message}"):
+        convert(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"min_count": 0}, {"max_train_rows": 0}, {"max_train_rows": 1.5}, {"questions": "Q1"}, {"questions": []},
+     {"people_split": "mine"}, {"task": "choice"}],
+)  # fmt: skip
+def test_options_are_checked_before_anything_is_read(folder, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        convert(folder, **options)
 
 
 def test_an_id_of_two_people_is_left_out(tmp_path):
@@ -419,6 +489,7 @@ def test_every_answer_of_the_real_questions_has_a_text_that_means_it():
             # Only the spontaneous "against democracy" shares its place, with "Not an essential characteristic".
             merged = raw == "0" and name in [f"Q{number}" for number in range(241, 250)]
             assert (question.short_options[place] == label) != merged
+    assert len({(asked.question.text, asked.question.options) for asked in questions.values()}) == 239
     assert questions["Q56"].question.options == ("Better off", "Or about the same", "Worse Off")
     assert questions["Q119"].question.options == (
         "Strongly agree",

@@ -75,7 +75,10 @@ def main(argv: Sequence[str]) -> int:
     inputs = [args.pop("input")] if "input" in args else []
     countries = args.get("holdout_countries")
     if countries is not None:
-        args["holdout_countries"] = int(countries[0]) if countries[0].isdigit() else tuple(countries)
+        numbers = [name for name in countries if name.isdecimal()]
+        if numbers and len(countries) > 1:
+            raise ValueError(f"`--holdout_countries` is {countries}: give one number, or names.")
+        args["holdout_countries"] = int(numbers[0]) if numbers else tuple(countries)
     prompts = PromptFormat(**_taken(args, PromptFormat))
     splits = replace(source.splits, **_taken(args, SplitOptions))
     report = source.convert(*inputs, prompts=prompts, splits=splits, **args).save(output, overwrite=overwrite)
@@ -123,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
             add("--weights", help="the World Values Survey's CSV, for a column `weight`")
             add("--max_train_rows", type=int, help="a uniform sample of the training rows")
         elif name == "community_alignment":
-            add("--config", help="the configuration on the Hub")
-            add("--source_split", help="the split on the Hub, or of a saved folder (default: train)")
+            add("--config", help="the configuration on the Hub, or of a folder")
+            add("--source_split", help="the split on the Hub or of a folder (default: train)")
         elif name == "global_opinions":
             add("--answers_per_cell", type=int, help="answers to draw per question and country (default: 200)")
             add("--min_countries", type=int, help="leave out questions asked in fewer countries (default: 2)")

@@ -19,7 +19,7 @@ from .keyed import keyed_digest
 from .people import canonical_people
 from .prompts import Opening, PromptFormat
 from .report import Report
-from .splits import DROPPED, SPLITS, SplitOptions, split_people, split_prompts, split_rows
+from .splits import ANY, DROPPED, SPLITS, TRAIN, SplitOptions, split_people, split_prompts, split_rows
 from .survey import OPTION_LETTERS
 
 EMPTY = "EMPTY STRING"  # what stands for an empty text in the published files
@@ -31,6 +31,8 @@ THRESHOLD = 0.7
 Similarity of near-duplicate opening prompts. Higher than for a survey's questions: what people ask in their own words
 begins alike ("What are your thoughts on …?") and would grow into one huge group.
 """
+
+_NO_ROW = {"dpo": "no pair", "choice": "no choice"}  # why usable turns give none
 
 _ROLE_NAME = re.compile(r"(?:assistant|human|user|system|bot|ai|model)\s*:", re.IGNORECASE)
 
@@ -63,12 +65,15 @@ class Head(NamedTuple):
         person_id (`str`): Whose it is.
         prompt (`str`): Its opening prompt.
         language (`str`, *optional*): `None` where it is not known.
+        left_out (`str`, *optional*): Why it is not asked for, such as another language. It is split all the same, so
+            that the others are in the same splits whatever is asked for.
     """
 
     conversation_id: str
     person_id: str
     prompt: str
     language: str | None
+    left_out: str | None = None
 
 
 Turns = Iterable[Turn | str | None]
@@ -129,7 +134,7 @@ def convert_conversations(
 
     Args:
         title (`str`): Of the source.
-        read_heads (`Callable`): Counts people and conversations, and returns the conversations to keep and the raw
+        read_heads (`Callable`): Counts people and conversations, and returns the conversations to split and the raw
             profiles of everyone in the source, index `person_id`.
         read_turns (`Callable`): Yields the turns of the conversations whose ids are in the container.
         fields (`Sequence[str]`): Profile fields, in the order in which a prompt states them.
@@ -137,7 +142,8 @@ def convert_conversations(
         tasks (`Sequence[str]`): Those the source has.
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): What is held out.
-        min_count (`int`): Profile values that fewer people hold are grouped.
+        min_count (`int`): Profile values that fewer people hold are grouped. The people counted are those of whom
+            `read_heads` keeps a conversation, whether or not rows come of it.
         keep_unknown (`bool`): Whether people of whom no field is known are kept.
     """
     prompts, splits = prompts or PromptFormat(), splits or SplitOptions()
@@ -152,11 +158,11 @@ def convert_conversations(
         heads, people = read_heads(report)
         kept = people.index.isin({head.person_id for head in heads})
         report.read("people", len(people))
-        report.drop("people", "no conversation of theirs is kept", int((~kept).sum()))
+        report.drop("people", "no conversation of theirs can be split", int((~kept).sum()))
         people = canonical_people(people.loc[kept, list(fields)], report, min_count, keep_unknown=keep_unknown)
         known = [head for head in heads if head.person_id in people.index]
         report.drop("conversations", "nothing is known of the person", len(heads) - len(known))
-        if not known:
+        if all(head.left_out for head in known):
             raise ValueError(f"No conversation is left to convert. What was counted:\n{report}")
         heads = known
         places = _split(heads, people, splits, report)
@@ -166,16 +172,18 @@ def convert_conversations(
             for person, profile in profiles.items()
         }
         waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        people_in_rows: set[str] = set()
         for conversation_id, turns in tqdm(
             read_turns(places, report), desc=title, total=len(places), unit="conversations", disable=None
         ):
             split, group, head = places[conversation_id]
             usable = usable_prefix(turns, report)
-            if not usable:
-                report.drop("conversations", "no turn can be used")
-            rows = conversation_rows(
-                usable, openings[head.person_id], prompts, task, (splits.seed, conversation_id), report
-            )
+            key = (splits.seed, conversation_id)
+            rows = list(conversation_rows(usable, openings[head.person_id], prompts, task, key, report))
+            if rows:
+                people_in_rows.add(head.person_id)
+            else:
+                report.drop("conversations", _NO_ROW[task] if usable else "no turn can be used")
             for turn, columns in rows:
                 columns |= {"demographic": profiles[head.person_id], "person_id": head.person_id}
                 columns |= {"conversation_id": conversation_id, "turn": turn}
@@ -184,6 +192,7 @@ def convert_conversations(
                 yield split, pa.Table.from_pylist(waiting.pop(split), schema=features.arrow_schema)
         for split, left in waiting.items():
             yield split, pa.Table.from_pylist(left, schema=features.arrow_schema)
+        report.drop("people", "none of their conversations gave a row", len(people) - len(people_in_rows))
 
     return Conversion(features, batches, f"{title}, {task}", splits.names)
 
@@ -195,14 +204,18 @@ def _split(
     groups = near_duplicate_groups(
         [head.prompt for head in heads], [head.conversation_id for head in heads], THRESHOLD
     )
-    person = split_people(people, splits)[people.index.get_indexer([head.person_id for head in heads])]
-    codes = split_rows(person, split_prompts(groups, splits))
-    report.drop("conversations", "person and prompt in different splits", int((codes == DROPPED).sum()))
-    return {
-        head.conversation_id: (SPLITS[code], group, head)
-        for head, group, code in zip(heads, groups, codes, strict=True)
-        if code != DROPPED
-    }
+    prompt = split_prompts(groups, splits)
+    trained_on = [side in (TRAIN, ANY) and not head.left_out for head, side in zip(heads, prompt, strict=True)]
+    can_train = people.index.isin({head.person_id for head, trains in zip(heads, trained_on, strict=True) if trains})
+    person = split_people(people, splits, can_train=can_train)
+    codes = split_rows(person[people.index.get_indexer([head.person_id for head in heads])], prompt)
+    places = {}
+    for head, group, code in zip(heads, groups, codes, strict=True):
+        if head.left_out or code == DROPPED:
+            report.drop("conversations", head.left_out or "person and prompt in different splits")
+        else:
+            places[head.conversation_id] = (SPLITS[code], group, head)
+    return places
 
 
 def usable_prefix(turns: Turns, report: Report) -> list[Turn]:
@@ -249,7 +262,10 @@ def conversation_rows(
         asked = [*context, _message("user", prefix + turn.prompt)]
         answer = [_message("assistant", turn.candidates[turn.chosen])]
         if task == "dpo":
-            for text in rejected_texts(turn, report):
+            rejected = rejected_texts(turn, report)
+            if not rejected:
+                report.drop("turns", _NO_ROW[task])
+            for text in rejected:
                 yield turn.number, {"prompt": asked, "chosen": answer, "rejected": [_message("assistant", text)]}
         elif task == "choice" and not len(turn.candidates) == len(set(turn.candidates)) == NUM_CHOICES:
             report.drop("turns", f"not {NUM_CHOICES} different candidates to choose from")

@@ -29,6 +29,7 @@ TASK_COLUMNS = {
 """TRL's columns of each task, all conversational."""
 
 REPORT = "report.json"
+WRITTEN_BY = "trl-cuma prepare"
 ROWS_PER_FILE = 2_000_000
 
 
@@ -121,8 +122,9 @@ class Conversion:
             `ValueError`: A row of the source is malformed, or a split would be empty. Nothing is written.
             `FileExistsError`: `output` is there: something else, or without `overwrite`. It stays as it is.
         """
-        output = Path(output)
+        output = Path(output).expanduser().resolve()  # a link keeps pointing to where its data is
         _check_output(output, overwrite)
+        new_parents = [parent for parent in output.parents if not parent.exists()]
         output.parent.mkdir(parents=True, exist_ok=True)
         # Beside the output, so that the rename stays within one file system. Made by mkdtemp: the owner's alone.
         staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-incomplete-"))
@@ -131,12 +133,16 @@ class Conversion:
                 for split, table in self._run():
                     shards.write(split, table)
             assert self.report is not None
-            (staging / REPORT).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            report = {"written_by": WRITTEN_BY} | self.report.to_dict()
+            (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             (staging / "README.md").write_text(_card(self.report, shards.splits), encoding="utf-8")
             _check_output(output, overwrite)
             _replace(output, staging)
-        finally:
+        except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            for parent in new_parents:
+                parent.rmdir()
+            raise
         return self.report
 
     def _run(self) -> Iterator[tuple[str, pa.Table]]:
@@ -171,9 +177,11 @@ class _Shards:
         self.folder.mkdir()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
         for writer in self.writers.values():
             writer.close()
+        if error is not None:
+            return
         for split, files in self.files.items():
             for index, path in enumerate(files):
                 path.rename(self.folder / f"{split}-{index:05d}-of-{len(files):05d}.parquet")
@@ -193,12 +201,21 @@ class _Shards:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    if output == Path.cwd():
+        raise FileExistsError(f"{output} is the folder that this runs in. Name another folder.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / REPORT).is_file():
+    if not _is_ours(output):
         raise FileExistsError(f"{output} is there and is no data set of `trl-cuma prepare`. Name another folder.")
     if not overwrite:
         raise FileExistsError(f"{output} holds a prepared data set. Name another folder, or say `overwrite`.")
+
+
+def _is_ours(output: Path) -> bool:
+    try:
+        return json.loads((output / REPORT).read_text(encoding="utf-8")).get("written_by") == WRITTEN_BY
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _replace(output: Path, staging: Path) -> None:
@@ -208,7 +225,7 @@ def _replace(output: Path, staging: Path) -> None:
         output.rename(earlier)
     try:
         staging.rename(output)
-    except OSError:
+    except BaseException:
         if earlier.exists():
             earlier.rename(output)
         raise

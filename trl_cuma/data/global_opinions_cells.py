@@ -28,7 +28,7 @@ _WHOLE_NUMBER = re.compile(r"-?\d+\.0")  # options that were numbers once
 
 
 Key = tuple[str, tuple[str, ...]]  # a question: its text and options
-Cells = dict[str, dict[int, list[list[float]]]]  # of a question, by country and by how old the sample is
+Samples = dict[str, dict[int, list[list[float]]]]  # of a question, by country and by how old the sample is
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class CountryShares:
 
 def country_shares(source: Sequence[SourceQuestion], min_countries: int, report: Report) -> CountryShares:
     """
-    Apply the rules that [`global_opinions`] documents.
+    Apply the rules that [`~trl_cuma.data.convert_global_opinions`] documents.
 
     Args:
         source (`Sequence[SourceQuestion]`): As read.
@@ -64,7 +64,7 @@ def country_shares(source: Sequence[SourceQuestion], min_countries: int, report:
         `ValueError`: Nothing is left.
     """
     ids: dict[Key, str] = {}
-    cells: dict[Key, Cells] = {}
+    cells: dict[Key, Samples] = {}
     for asked in source:
         report.read("questions")
         report.read("cells", len(asked.shares))
@@ -126,7 +126,7 @@ def _why_not(text: str, options: tuple[str, ...]) -> str | None:
 
 
 def _add_cell(
-    by_country: Cells,
+    by_country: Samples,
     name: str,
     shares: list[float | None],
     is_answer: list[bool],
@@ -153,7 +153,7 @@ def _add_cell(
     by_country.setdefault(country, {}).setdefault(age, []).append([share / total for share in answered])
 
 
-def _newest(cells: dict[Key, Cells], ids: dict[Key, str], report: Report) -> CountryShares:
+def _newest(cells: dict[Key, Samples], ids: dict[Key, str], report: Report) -> CountryShares:
     """One distribution per question and country: the mean of the rows of its newest sample."""
     keys = sorted(cells, key=ids.__getitem__)
     countries = sorted(set().union(*cells.values()))
@@ -173,7 +173,7 @@ def _newest(cells: dict[Key, Cells], ids: dict[Key, str], report: Report) -> Cou
     return CountryShares(questions, countries, np.array(question), np.array(country), distribution)
 
 
-def _num_rows(by_country: Cells) -> int:
+def _num_rows(by_country: Samples) -> int:
     return sum(len(rows) for samples in by_country.values() for rows in samples.values())
 
 

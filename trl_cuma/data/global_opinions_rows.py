@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from tqdm.auto import tqdm
 
 from .columns import joined, message_lists, profile_structs
 from .conversion import MESSAGES, Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
 from .global_opinions_cells import CountryShares, country_shares
-from .global_opinions_source import read_source
+from .global_opinions_source import COUNTRY_ALIASES, read_source
 from .keyed import keyed_digest
 from .prompts import PromptFormat
 from .report import Report
@@ -31,7 +32,7 @@ LAST_UNIT = {"distribution": "cells", "sft": "answers", "dpo": "pairs"}
 
 
 def convert_global_opinions(
-    source: str | os.PathLike[str] | Dataset = HUB_ID,
+    source: str | os.PathLike[str] | Dataset | DatasetDict = HUB_ID,
     *,
     task: Literal["distribution", "sft", "dpo"] = "distribution",
     prompts: PromptFormat | None = None,
@@ -63,7 +64,7 @@ def convert_global_opinions(
     don't use metrics that need an order (EMD, means) on it without checking.
 
     Args:
-        source (`str`, `PathLike` or `Dataset`, defaults to `"Anthropic/llm_global_opinions"`): That data set on the
+        source (`str`, `PathLike`, `Dataset` or `DatasetDict`, defaults to the id on the Hub): That data set on the
             Hub, a local copy of it (a `.csv` or `.parquet` file, a folder with one, or what `save_to_disk` wrote) or
             the loaded data set; or a `.jsonl` file of one object (`qid`, `question`, `country`, `options`, `dist`) per
             question and country.
@@ -72,7 +73,7 @@ def convert_global_opinions(
             another option, drawn uniformly.
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): Which questions and countries are held out. There are no people to split:
-            `split_by` must be `("prompt",)`, as it is by default. Countries have the names they have in the rows.
+            `split_by` must be `("prompt",)`, as it is by default. Countries may have any of their names.
         answers_per_cell (`int`, defaults to `200`): Answers to draw per cell, for `"sft"` and `"dpo"`. They depend on
             `splits.seed`, question and country alone.
         min_countries (`int`, defaults to `2`): Questions of fewer countries are left out.
@@ -104,6 +105,10 @@ def convert_global_opinions(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}, expected an integer of at least 1.")
 
+    if isinstance(splits.holdout_countries, tuple):
+        names = dict.fromkeys(COUNTRY_ALIASES.get(name, name) for name in splits.holdout_countries)
+        splits = replace(splits, holdout_countries=tuple(names))
+
     provenance = {"question_id": Value("string"), "num_options": Value("int32"), "prompt_group": Value("string")}
     if task == "distribution":
         columns = {"prompt": MESSAGES, "options": List(Value("string")), "distribution": List(Value("float64"))}
@@ -117,6 +122,8 @@ def convert_global_opinions(
         code = _split(survey, groups, splits)
         dropped = int((code == DROPPED).sum())
         report.drop("cells", "of a held-out country and a question that is not for testing", dropped)
+        in_a_split = len(np.unique(survey.question[code != DROPPED]))
+        report.drop("questions", "no cell of theirs is in a split", len(survey.questions) - in_a_split)
         rows_per_cell = 1 if task == "distribution" else answers_per_cell
         if task != "distribution":
             report.read(LAST_UNIT[task], report.kept("cells") * rows_per_cell)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from .reading import Row, open_table
 from .survey import OPTION_LETTERS
@@ -26,7 +26,6 @@ COUNTRY_ALIASES = {
 HUB_COLUMNS = ("question", "selections", "options")
 
 _DEFAULTDICT = re.compile(r"defaultdict\(<class '\w+'>, (.*)\)", re.DOTALL)
-_NAN = re.compile(r"(?<=[\[ ])nan(?=[],])")  # how Python writes a missing number in a list: no literal
 
 
 class SourceQuestion(NamedTuple):
@@ -46,13 +45,13 @@ class SourceQuestion(NamedTuple):
     shares: list[tuple[str, list[float | None]]]
 
 
-def read_source(source: str | os.PathLike[str] | Dataset) -> list[SourceQuestion]:
+def read_source(source: str | os.PathLike[str] | Dataset | DatasetDict) -> list[SourceQuestion]:
     """
     Read GlobalOpinionQA in either layout.
 
     Args:
-        source (`str`, `PathLike` or `Dataset`): A `.jsonl` file of one object per question and country; or the layout
-            of the Hub in any form that [`open_table`] takes.
+        source (`str`, `PathLike`, `Dataset` or `DatasetDict`): A `.jsonl` file of one object per question and country;
+            or the layout of the Hub in any form that [`open_table`] takes.
 
     Returns:
         `list[SourceQuestion]`: In the source's order.
@@ -61,7 +60,7 @@ def read_source(source: str | os.PathLike[str] | Dataset) -> list[SourceQuestion
         `ValueError`: Something is malformed; the message names file, line or row, and column, never a country.
         `FileNotFoundError`: There is no such file.
     """
-    if not isinstance(source, Dataset) and Path(source).suffix == ".jsonl":
+    if not isinstance(source, Dataset | DatasetDict) and Path(source).suffix == ".jsonl":
         questions: dict[str, SourceQuestion] = {}
         for row in read_jsonl(source):
             text = one_line(row["question"])
@@ -72,13 +71,17 @@ def read_source(source: str | os.PathLike[str] | Dataset) -> list[SourceQuestion
                     f"{source}, line {row['line']}: field `question` differs from an earlier line's of the same qid "
                     f"({row['qid']!r}), by more than white space. Give different questions different `qid`s."
                 )
-            question.shares.append((row["country"], row["dist"]))
+            question.shares.append((row["published_country"], row["dist"]))
         return list(questions.values())
     return [_hub_question(row) for row in open_table(source).rows(HUB_COLUMNS)]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read and check every row of the JSONL layout, and add its `line`. Errors never name a country."""
+    """
+    Read and check every row of the JSONL layout. Errors never name a country.
+
+    Of each row, `country` is the one name of its country, `published_country` what it says, and `line` where it is.
+    """
     rows: list[dict[str, Any]] = []
     first_line: dict[tuple[str, str], int] = {}
     first_options: dict[str, tuple[int, list[str]]] = {}
@@ -88,6 +91,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 continue
             where = f"{path}, line {number}"
             row = _check_row(line, where)
+            row["published_country"] = row["country"]
             row["country"] = COUNTRY_ALIASES.get(row["country"], row["country"])
             key = (row["qid"], row["country"])
             if key in first_line:
@@ -167,6 +171,13 @@ def _hub_question(row: Row) -> SourceQuestion:
     return question
 
 
+class _NanToNone(ast.NodeTransformer):
+    """`nan` is how Python writes a missing number in a list: a name, which is no literal."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(None) if node.id == "nan" else node
+
+
 def _literal(row: Row, column: str, kind: type) -> Any:
     """What a cell says in Python's notation: a list or a dict. Nothing is evaluated but literals."""
     text = row.text(column)
@@ -174,7 +185,8 @@ def _literal(row: Row, column: str, kind: type) -> Any:
         return kind()
     wrapped = _DEFAULTDICT.fullmatch(text)
     try:
-        literal = ast.literal_eval(_NAN.sub("None", wrapped[1] if wrapped else text))
+        tree = ast.parse((wrapped[1] if wrapped else text).strip(), mode="eval")
+        literal = ast.literal_eval(_NanToNone().visit(tree))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         # `from None`: the cause would carry the text, countries and all.
         raise row.error(column, f"not a {kind.__name__} in Python's notation.") from None

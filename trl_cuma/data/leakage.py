@@ -13,7 +13,11 @@ from .splits import PROMPT_SIDE, SPLITS, TEST, TEST_COUNTRIES
 _COUNTRY = "demographic.country"
 
 
-def assert_disjoint(splits: Mapping[str, Dataset], split_by: Sequence[str] = ("person", "prompt")) -> None:
+def assert_disjoint(
+    splits: Mapping[str, Dataset],
+    split_by: Sequence[str] = ("person", "prompt"),
+    holdout_combinations: tuple[str, str] | None = None,
+) -> None:
     """
     Check that splits don't share what they must not.
 
@@ -27,14 +31,30 @@ def assert_disjoint(splits: Mapping[str, Dataset], split_by: Sequence[str] = ("p
             By name, as in a `DatasetDict`. Rows of countries instead of people have no `person_id`.
         split_by (`Sequence[str]`, *optional*, defaults to `("person", "prompt")`):
             As in [`SplitOptions`].
+        holdout_combinations (`tuple[str, str]`, *optional*):
+            As in [`SplitOptions`]: these two fields of `demographic` have no combination in `test_combinations` that
+            training or validation has, too.
 
     Raises:
         `AssertionError`: If two splits share a value; the message has how many, not which.
-        `ValueError`: If a split's name is unknown, or a column that it takes is missing or has nulls.
+        `TypeError`: If a split is streamed.
+        `ValueError`: If `split_by` or a split's name is unknown, or a column that it takes is missing or has nulls.
     """
     if unknown := [name for name in splits if name not in SPLITS]:
         raise ValueError(f"`splits` has {unknown}, expected names among {list(SPLITS)}.")
+    if not set(split_by) or set(split_by) - {"person", "prompt"} or isinstance(split_by, str):
+        raise ValueError(f'`split_by` is {split_by!r}, expected ("person",), ("prompt",) or both.')
+    if streamed := [name for name, split in splits.items() if not isinstance(split, Dataset)]:
+        raise TypeError(f"The splits {streamed} are no `Dataset`. A streamed one can't be compared: load it.")
     splits = {name: _flat(split) for name, split in splits.items()}
+    if holdout_combinations is not None and "test_combinations" in splits:
+        held = _combinations(splits["test_combinations"], holdout_combinations)
+        for name in ("train", "validation"):
+            if name in splits and (shared := len(held & _combinations(splits[name], holdout_combinations))):
+                raise AssertionError(
+                    f"The splits {name!r} and 'test_combinations' share {shared} combinations of "
+                    f"{' and '.join(map(repr, holdout_combinations))}."
+                )
     columns = {column for split in splits.values() for column in split.column_names}
     needed = {"prompt_group"} | ({"person_id"} if "person" in split_by else set())
     for column in sorted(needed | (columns & {"person_id", "question_id", "conversation_id", _COUNTRY})):
@@ -59,6 +79,12 @@ def assert_disjoint(splits: Mapping[str, Dataset], split_by: Sequence[str] = ("p
                     raise ValueError(f"The split {name!r} has rows without `{column}`. Every row needs one.")
             if shared := len(seen[one] & seen[other]):
                 raise AssertionError(f"The splits {one!r} and {other!r} share {shared} values of `{column}`.")
+
+
+def _combinations(split: Dataset, fields: tuple[str, str]) -> set[tuple[str, str]]:
+    """The combinations of two fields of which both are known."""
+    columns = split.select_columns([f"demographic.{field}" for field in fields]).to_pandas().drop_duplicates().dropna()
+    return set(columns.itertuples(index=False, name=None))
 
 
 def _flat(split: Dataset) -> Dataset:

@@ -40,8 +40,7 @@ def canonical_people(
     Raises:
         `ValueError`: A person comes twice, or `min_count` is not positive.
     """
-    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")
+    check_min_count(min_count)
     if not people.index.is_unique:
         repeated = int(people.index.duplicated().sum())
         raise ValueError(f"{repeated} rows repeat the id of an earlier person. Keep one row per person.")
@@ -64,3 +63,9 @@ def canonical_people(
         return result
     report.drop("people", "nothing is known of them", unknown.sum())
     return result[~unknown]
+
+
+def check_min_count(min_count: int) -> None:
+    """Raise a `ValueError` unless it is a positive integer."""
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")

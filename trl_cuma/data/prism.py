@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
@@ -55,7 +56,8 @@ def convert_prism(
 
     What is left out or changed, each counted in the report:
     - A conversation: of another language or not in the subset; whose person is not in the survey; without an opening
-      prompt; whose person and prompt are in different splits; without a turn that can be used.
+      prompt; whose person and prompt are in different splits; without a turn that can be used, or that gives a
+      row.
     - A turn: that has not exactly one prompt, no chosen answer (`if_chosen`), several with different texts, or one
       without text. What follows it was said in an unknown context, and is left out too: the turns before it stay.
       Several chosen answers of the same text are one, with the highest of their scores.
@@ -75,7 +77,8 @@ def convert_prism(
         task (`str`, defaults to `"sft"`): `"sft"`: the chosen answer. `"dpo"`: the chosen one over each of the others.
         prompts (`PromptFormat`, *optional*): The wording.
         splits (`SplitOptions`, *optional*): What is held out.
-        min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other".
+        min_count (`int`, defaults to `30`): Profile values that fewer people hold are grouped as "Other". The people
+            counted are those with a conversation of the wanted languages and subset, before any split.
         keep_unknown (`bool`, defaults to `False`): Keep people of whom no field is known, for adapters with
             `missing_demographics="zero"`.
         languages (`Sequence[str]`, *optional*): Languages of the opening prompt to keep, such as `["en"]`.
@@ -88,9 +91,14 @@ def convert_prism(
     Raises:
         `ValueError`: An argument is out of its range, or a row is malformed; the message names file, row and column.
         `FileNotFoundError`: A table is missing.
+        `TypeError`: `source` is a loaded data set, of which this one would need three.
     """
     if subset is not None and subset not in SUBSETS:
         raise ValueError(f"`subset` is {subset!r}, expected {SUBSETS[0]!r}, or None for all conversations.")
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"`source` is a {type(source).__name__}, expected a folder or an id on the Hub: PRISM has several tables."
+        )
     wanted = check_languages(languages)
     survey, conversations = _open(source, "survey"), _open(source, "conversations")
     metadata = _open(source, "metadata", required=wanted is not None)
@@ -107,16 +115,17 @@ def convert_prism(
                 raise row.error("conversation_id", "an earlier row has the same id. Keep one row per conversation.")
             seen.add(conversation)
             language, prompt = spoken.get(conversation), _opening_prompt(row)
+            left_out = None
             if subset and not row.flag(subset):
-                report.drop("conversations", f"not in the subset `{subset}`")
-            elif person not in people.index:
-                report.drop("conversations", "the person is not in the survey")
+                left_out = f"not in the subset `{subset}`"
             elif wanted is not None and language not in wanted:
-                report.drop("conversations", "of another language, or of none")
+                left_out = "of another language, or of none"
+            if person not in people.index:
+                report.drop("conversations", "the person is not in the survey")
             elif prompt is None:
                 report.drop("conversations", "no opening prompt")
             else:
-                heads[conversation] = Head(conversation, person, prompt, language)
+                heads[conversation] = Head(conversation, person, prompt, language, left_out)
         return list(heads.values()), people
 
     def read_turns(kept: Container[str], report: Report) -> Iterator[tuple[str, Turns]]:
@@ -200,7 +209,8 @@ def _history(row: Row) -> list[dict[str, Any]]:
                 raise row.error(HISTORY, f"`if_chosen` of entry {place} is neither true nor false.")
             if entry.get("score") is not None and not _is_a(entry["score"], int | float):
                 raise row.error(HISTORY, f"the `score` of entry {place} is no number.")
-            if not _is_a(entry.get("within_turn_id"), int | str):
+            place_id = entry.get("within_turn_id")
+            if not _is_a(place_id, int | str) and not (isinstance(place_id, float) and place_id.is_integer()):
                 raise row.error(HISTORY, f"`within_turn_id` of entry {place} is no integer and no text.")
     return history
 
@@ -239,7 +249,11 @@ def _turn(row: Row, number: int, entries: list[dict[str, Any]], report: Report) 
     for entry in entries:
         if entry["role"] == "model":
             text = clean_candidate(row.checked_text(HISTORY, entry.get("content")), report)
-            answers.append((str(entry["within_turn_id"]), text, entry.get("score"), entry["if_chosen"]))
+            place, score = entry["within_turn_id"], entry.get("score")
+            # As floats where a table had gaps: 3.0 is "3", and a score that is not there NaN.
+            place = str(int(place) if isinstance(place, float) else place)
+            score = None if score is None or math.isnan(score) else score
+            answers.append((place, text, score, entry["if_chosen"]))
     answers.sort(key=lambda answer: (len(answer[0]), answer[0], answer[1] or ""))  # "2" before "10"
     chosen_texts = {text for _, text, _, chosen in answers if chosen}
     if prompt is None:

@@ -19,7 +19,16 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 ROWS_PER_READ = 1000
+CSV_MISSING = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"]
+    + ["<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+)
+"""Cells of a CSV file that say that there is none: pandas' markers, by which the Hub's data sets are read, too."""
+CSV_CELL = 2**31 - 1  # characters; the module's own limit of 131,072 is less than a long answer
+NO_TABLE = ("dataset_info.json", "dataset_infos.json", "state.json")  # what `datasets` writes beside the data
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SHARD = re.compile(r"(?:^|[-_])\d+(?:-of-\d+)?$")  # "train-00000-of-00002", "0000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +80,14 @@ class Row:
         return text
 
     def flag(self, column: str) -> bool:
-        """The cell as true or false; a missing one is false."""
+        """The cell as true or false, also written as 1 or 0; a missing one is false."""
         value = self.cells[column]
-        if isinstance(value, bool):
-            return value
+        if isinstance(value, int | float) and value in (0, 1):
+            return bool(value)
         text = (self.checked_text(column, value) or "false").lower()
-        if text not in ("true", "false"):
+        if text not in ("true", "false", "1", "0", "1.0", "0.0"):
             raise self.error(column, "expected true or false, got another text.")
-        return text == "true"
+        return text in ("true", "1", "1.0")
 
 
 class Table:
@@ -107,22 +116,30 @@ class Table:
                 yield Row(file, number, cells)
 
 
-def open_table(source: str | os.PathLike[str] | Dataset, *, config: str | None = None, split: str = "train") -> Table:
+def open_table(
+    source: str | os.PathLike[str] | Dataset | DatasetDict, *, config: str | None = None, split: str | None = None
+) -> Table:
     """
     Open a table.
 
     Args:
-        source (`str`, `PathLike` or `Dataset`): A `.parquet`, `.jsonl`, `.json` or `.csv` file; a folder of such files
-            of one kind; what `save_to_disk` wrote; the id of a data set on the Hub (`owner/name`); or a loaded data
-            set.
-        config (`str`, *optional*): The configuration on the Hub.
-        split (`str`, defaults to `"train"`): The split on the Hub or of a `DatasetDict` on disk. Of a folder of files,
-            those whose name begins with it, and all where there are none.
+        source (`str`, `PathLike`, `Dataset` or `DatasetDict`): A `.parquet`, `.jsonl`, `.json` or `.csv` file; a
+            folder of such files; what `save_to_disk` wrote; the id of a data set on the Hub (`owner/name`); or a
+            loaded data set.
+        config (`str`, *optional*): The configuration on the Hub; of a folder, the files that have this word in their
+            name or in a folder's.
+        split (`str`, *optional*): The split on the Hub or of a `DatasetDict`, "train" if not given. Of a folder, the
+            files that have this word in their name or in a folder's; if not given, those of "train", or else the only
+            file, which may be in several numbered pieces. A file or a `Dataset` is taken whole.
 
     Raises:
         `FileNotFoundError`: There is nothing at `source`, or no file in the folder.
-        `ValueError`: The folder's files are not of one kind, or the file is of none of these kinds.
+        `OSError`: The data set could not be loaded from the Hub.
+        `ValueError`: The folder has no such split, or several files that could be meant; or the file is of none of
+            these kinds.
     """
+    if isinstance(source, DatasetDict):
+        return Table([_split_of(source, split, "the data set")], "the data set")
     if isinstance(source, Dataset):
         return Table([source], "the data set")
     path = Path(source)
@@ -131,34 +148,57 @@ def open_table(source: str | os.PathLike[str] | Dataset, *, config: str | None =
             raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}. Name such a file.")
         return Table([path], str(path))
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, config, split)
     if path.suffix not in SUFFIXES and isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return Table([load_dataset(source, config, split=split)], " ".join(filter(None, [source, config])))
+        try:
+            data = load_dataset(source, config, split=split or "train")
+        except (OSError, ValueError) as error:
+            kind = next(each for each in (ValueError, FileNotFoundError, OSError) if isinstance(error, each))
+            raise kind(f"{source} is no file or folder here, and could not be loaded from the Hub: {error}") from error
+        return Table([data], " ".join(filter(None, [source, config])))
     raise FileNotFoundError(
         f"{source} is neither a file, nor a folder, nor the id of a data set on the Hub (owner/name)."
     )
 
 
-def _open_folder(folder: Path, split: str) -> Table:
+def _split_of(data: DatasetDict, split: str | None, name: str) -> Dataset:
+    if (split or "train") not in data:
+        raise ValueError(f"{name} has no split {split or 'train'!r}, only {list(data)}. Name one of these.")
+    return data[split or "train"]
+
+
+def _open_folder(folder: Path, config: str | None, split: str | None) -> Table:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         data = load_from_disk(str(folder))
         if isinstance(data, DatasetDict):
-            if split not in data:
-                raise ValueError(f"{folder} has no split {split!r}, only {list(data)}. Name one of these.")
-            data = data[split]
+            data = _split_of(data, split, str(folder))
         return Table([data], str(folder))
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    there = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix in SUFFIXES and path.name not in NO_TABLE
     )
-    files = [path for path in files if path.name.startswith(split)] or files
-    if not files:
+    there = [path for path in there if not any(part.startswith(".") for part in path.parts)]
+    if not there:
         raise FileNotFoundError(f"{folder} holds no file of {', '.join(SUFFIXES)}.")
-    kinds = sorted({path.suffix for path in files})
-    if len(kinds) > 1:
-        raise ValueError(f"{folder} holds files of several kinds ({', '.join(kinds)}). Name the file that is meant.")
-    return Table(files, str(folder))
+    files = there
+    for name, word in (("config", config), ("split", split)):
+        files = [path for path in files if word is None or _has_word(path, word)]
+        if not files:
+            raise ValueError(f"{folder} has no file of {name} {word!r}, only {_listed(there)}. Name one of these.")
+    if split is None:
+        files = [path for path in files if _has_word(path, "train")] or files
+    if len({(path.parent, _SHARD.sub("", path.stem), path.suffix) for path in files}) > 1:
+        raise ValueError(f"{folder} holds several files that could be meant: {_listed(files)}. Name one, or a split.")
+    return Table([folder / path for path in files], str(folder))
+
+
+def _has_word(path: Path, word: str) -> bool:
+    """Whether a folder or the file has this word in its name: "train" in "default/train/0000" and "train-0", too."""
+    between = re.compile(rf"(?:^|[-_.]){re.escape(word)}(?:$|[-_.])")
+    return any(between.search(part) for part in (*path.parent.parts, path.stem))
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:10])) + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
 
 
 def _read(piece: Dataset | Path, file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -189,7 +229,10 @@ def _parquet_batches(path: Path, file: str, columns: Sequence[str], top: Sequenc
         raise ValueError(f"{file} is no Parquet file.") from None
     with parquet:
         _check_columns(file, top, parquet.schema_arrow.names)
-        for batch in parquet.iter_batches(ROWS_PER_READ, columns=list(columns)):
+        # Of a struct, the parts asked for alone; JSON in a text has no parts.
+        is_struct = {field.name: pa.types.is_struct(field.type) for field in parquet.schema_arrow}
+        named = [column if is_struct[column.split(".")[0]] else column.split(".")[0] for column in columns]
+        for batch in parquet.iter_batches(ROWS_PER_READ, columns=named):
             yield pa.Table.from_batches([batch])
 
 
@@ -198,16 +241,32 @@ def _arrow_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for batch in batches:
-        if any("." in column for column in columns):
-            batch = batch.flatten()
-        _check_columns(file, columns, batch.column_names)
-        for cells in batch.select(list(columns)).to_pylist():
+        types = {field.name: field.type for field in batch.schema}
+        for record in batch.to_pylist():
             number += 1
-            yield number, cells
+            try:
+                record = {name: _decoded(cell, types[name]) for name, cell in record.items()}
+            except ValueError:
+                raise ValueError(f"{file}, row {number}: a cell of a JSON column is no JSON.") from None
+            yield number, _picked(record, file, number, columns)
+
+
+def _decoded(cell: Any, kind: pa.DataType) -> Any:
+    """A cell with what is JSON in it decoded: so `datasets` keeps objects that have not all the same keys."""
+    if cell is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(cell)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_decoded(entry, kind.value_type) for entry in cell]
+    if pa.types.is_struct(kind):
+        return {field.name: _decoded(cell.get(field.name), field.type) for field in kind}
+    return cell
 
 
 def _csv_rows(path: Path, file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
+    csv.field_size_limit(CSV_CELL)  # of the whole process: the module has no other
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream, strict=True)
         try:
@@ -217,7 +276,8 @@ def _csv_rows(path: Path, file: str, columns: Sequence[str]) -> Iterator[tuple[i
             for number, cells in enumerate(filter(None, reader), start=1):
                 if len(cells) != len(header):
                     raise ValueError(f"{file}, row {number}: {len(cells)} cells, but {len(header)} in the header.")
-                yield number, {column: cells[place] for column, place in places}
+                texts = ((column, cells[place]) for column, place in places)
+                yield number, {column: None if text in CSV_MISSING else text for column, text in texts}
         except (csv.Error, UnicodeDecodeError):
             raise ValueError(f"{file}, row {number + 1}: is no row of CSV in UTF-8.") from None
 
@@ -226,17 +286,22 @@ def _json_rows(path: Path, file: str, columns: Sequence[str]) -> Iterator[tuple[
     for number, record in _json_records(path, file):
         if not isinstance(record, dict):
             raise ValueError(f"{file}, row {number}: expected an object, got {type(record).__name__}.")
-        cells = {}
-        for column in columns:
-            cell: Any = record
-            for key in column.split("."):
-                if cell is None:  # a nested column that is null
-                    break
-                if not isinstance(cell, dict) or key not in cell:
-                    raise ValueError(f"{file}, row {number}, column `{column}`: there is no such column in this row.")
-                cell = cell[key]
-            cells[column] = cell
-        yield number, cells
+        yield number, _picked(record, file, number, columns)
+
+
+def _picked(record: dict[str, Any], file: str, number: int, columns: Sequence[str]) -> dict[str, Any]:
+    """The cells of these columns, with the parts of nested ones."""
+    cells = {}
+    for column in columns:
+        cell: Any = record
+        for key in column.split("."):
+            if cell is None:  # a nested column that is null
+                break
+            if not isinstance(cell, dict) or key not in cell:
+                raise ValueError(f"{file}, row {number}, column `{column}`: there is no such column in this row.")
+            cell = cell[key]
+        cells[column] = cell
+    return cells
 
 
 def _json_records(path: Path, file: str) -> Iterator[tuple[int, Any]]:

@@ -18,7 +18,7 @@ from .columns import encoded, joined, message_lists, profile_structs
 from .conversion import Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
 from .keyed import keyed_digest
-from .people import MIN_COUNT, canonical_people
+from .people import MIN_COUNT, canonical_people, check_min_count
 from .prompts import PromptFormat
 from .report import Report
 from .splits import ANY, DROPPED, SPLITS, TRAIN, SplitOptions, split_people, split_prompts, split_rows
@@ -69,7 +69,8 @@ def convert_worldvaluesbench(
             in, its valid people only where `splits.validation` is positive; the shares of `splits` are then of the
             questions. `"random"`: all its people are split anew.
         questions (`Sequence[str]`, *optional*): Ids of the value questions to take; by default all.
-        languages (`Sequence[str]`, *optional*): Languages of the interview to take, as the codebook names them.
+        languages (`Sequence[str]`, *optional*): Languages of the interview to take, as the codebook names them. The
+            column `language` is grouped like a profile field.
         weights (`str` or `PathLike`, *optional*): The World Values Survey's CSV, for a column `weight` (`W_WEIGHT`).
         max_train_rows (`int`, *optional*): A uniform sample of this many training rows. The paper trains on 50,000.
             Some training people are left without a row then, also of values of held-out combinations.
@@ -90,11 +91,16 @@ def convert_worldvaluesbench(
     check_task(task, ("sft", "dpo"), prompts.messages)
     if people_split not in ("source", "random"):
         raise ValueError(f"`people_split` is {people_split!r}, expected 'source' or 'random'.")
-    if max_train_rows is not None and max_train_rows < 1:
-        raise ValueError(f"`max_train_rows` is {max_train_rows}, expected a positive number or None.")
+    check_min_count(min_count)
+    if max_train_rows is not None and (type(max_train_rows) is not int or max_train_rows < 1):
+        raise ValueError(f"`max_train_rows` is {max_train_rows!r}, expected a positive integer or None.")
+    # Questions, and people below, are split before some are chosen: whoever trains here doesn't test there.
+    every = read_questions(folder)
+    every_group = near_duplicate_groups([entry.whole_text for entry in every.values()], list(every))
+    prompt_side = dict(zip(every, zip(every_group, split_prompts(every_group, splits), strict=True), strict=True))
     asked = read_questions(folder, questions)
-    groups = near_duplicate_groups([entry.whole_text for entry in asked.values()], list(asked))
-    prompt_split = split_prompts(groups, splits)
+    groups = [prompt_side[name][0] for name in asked]
+    prompt_split = np.array([prompt_side[name][1] for name in asked], dtype=np.int8)
     of_source = people_split == "source"
     wanted = [name for name in FILES if name != "validation" or not of_source or splits.validation > 0]
     files = {name: _files(folder, FILES[name]) for name in wanted}
@@ -104,20 +110,25 @@ def convert_worldvaluesbench(
     asked_questions = _Questions(asked, groups, prompts, splits.seed)
 
     def batches(report: Report) -> Iterator[tuple[str, pa.Table]]:
-        people, answers = _read(files, asked, languages, report)
+        people, answers = _read(files, asked, report)
         profiles = canonical_people(people[list(FIELDS)], report, min_count, keep_unknown=keep_unknown)
         answers = answers[people.index.isin(profiles.index)]
         people = people.loc[profiles.index]
-        given = people["split"] if of_source else None
+        spoken = canonical_people(people[["language"]], report, min_count, keep_unknown=True)["language"]
+        taken = _taken(people["language"], answers, languages, report)
+        can_train = taken & ((answers >= 0) & np.isin(prompt_split, (TRAIN, ANY))).any(axis=1)
+        person_split = split_people(profiles, splits, people["split"] if of_source else None, can_train)
+        profiles, people, spoken, answers = profiles[taken], people[taken], spoken[taken], answers[taken]
+        codes = split_rows(person_split[taken][:, None], prompt_split[None]).astype(np.int8)
         blank = answers < 0
-        can_train = (~blank & np.isin(prompt_split, (TRAIN, ANY))).any(axis=1)
-        person_split = split_people(profiles, splits, given, can_train)
-        codes = split_rows(person_split[:, None], prompt_split[None]).astype(np.int8)
         report.read("answers", answers.size)
         report.drop("answers", "blank", blank.sum())
         report.drop("answers", "person and question in different splits", (~blank & (codes == DROPPED)).sum())
         codes[blank] = DROPPED
-        weight = None if weights is None else read_weights(Path(weights), people.index)
+        weight = None
+        if weights is not None:
+            weight = read_weights(Path(weights), people.index)
+            report.note("people without a weight", np.isnan(weight).sum())
         keys = _keys(splits.seed, "person", people.index)
         if max_train_rows is not None:
             surplus = _all_but(max_train_rows, codes == SPLITS.index("train"), keys, asked_questions.keys)
@@ -126,9 +137,7 @@ def convert_worldvaluesbench(
         for start in tqdm(range(0, len(codes), PEOPLE_PER_BATCH), unit=f"×{PEOPLE_PER_BATCH} people", disable=None):
             batch = slice(start, start + PEOPLE_PER_BATCH)
             some_weights = None if weight is None else weight[batch]
-            some = _People(
-                profiles[batch], people["language"][batch], some_weights, answers[batch], keys[batch], prompts
-            )
+            some = _People(profiles[batch], spoken[batch], some_weights, answers[batch], keys[batch], prompts)
             for code in np.unique(codes[batch][codes[batch] != DROPPED]):
                 person, question = np.nonzero(codes[batch] == code)
                 columns = _columns(some, asked_questions, person, question, prompts, task)
@@ -146,7 +155,6 @@ def _files(folder: Path, name: str) -> tuple[Path, Path]:
 def _read(
     files: Mapping[str, tuple[Path, Path]],
     asked: Mapping[str, ValueQuestion],
-    languages: Sequence[str] | None,
     report: Report,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """The people with one id and answers (columns `FIELDS`, `language`, `split`), and their answers."""
@@ -165,17 +173,25 @@ def _read(
     dropped["no row of answers"] = ~frame.index.isin(respondents) & ~dropped["id shared with another person"]
     for reason, these in dropped.items():
         report.drop("people", reason, these.sum())
+    report.note("rows of answers without a person, left out", (~respondents.isin(frame.index)).sum())
     frame = frame[~np.logical_or.reduce(list(dropped.values()))]
-    if languages is not None:
-        missing = sorted(set(languages) - set(frame["language"]))
-        if missing:
-            raise ValueError(f"`languages` names {missing}, in which no interview was held.")
-        asked_for = frame["language"].isin(list(languages))
-        report.drop("people", "interview in another language", (~asked_for).sum())
-        frame = frame[asked_for]
     single = ~respondents.isin(shared)
     position = respondents[single].get_indexer(frame.index)
     return frame, np.concatenate(answers)[single][position]
+
+
+def _taken(spoken: pd.Series, answers: np.ndarray, languages: Sequence[str] | None, report: Report) -> np.ndarray:
+    """bool, `(people,)`: who was interviewed in one of the languages and answered something."""
+    taken = np.ones(len(answers), dtype=bool)
+    if languages is not None:
+        missing = sorted(set(languages) - set(spoken))
+        if missing:
+            raise ValueError(f"`languages` names {missing}, in which no interview was held.")
+        taken = spoken.isin(list(languages)).to_numpy()
+        report.drop("people", "interview in another language", (~taken).sum())
+    silent = taken & (answers < 0).all(axis=1)
+    report.drop("people", "only blank answers", silent.sum())
+    return taken & ~silent
 
 
 class _Questions:

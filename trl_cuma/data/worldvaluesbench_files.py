@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
 
     Fifteen questions have answers that were re-ordered, merged or taken out (`answer_adjustment.json`), while the
     codebook keeps the raw codes. An option's text is that of the raw code that stays where it is; where none does, of
-    the code that was moved there. The ends of the scale are worded as the question itself words them.
+    the code that was moved there. The ends of the scale are worded as the question itself words them. Questions that
+    share their text in the metadata (Q102 repeats Q101's, of another organization) have the codebook's.
 
     Args:
         folder (`Path`): The project's.
@@ -112,8 +114,13 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
     metadata_file = find_file(folder, "question_metadata.json")
     codebook_file = find_file(folder, "codebook.json")
     metadata, codebook = read_json(metadata_file), read_json(codebook_file)
-    adjustment = read_json(find_file(folder, "answer_adjustment.json"))
+    adjustment_file = find_file(folder, "answer_adjustment.json")
+    adjustment = read_json(adjustment_file)
+    _check_objects(metadata_file, metadata)
     ids = [name for name, entry in metadata.items() if entry.get("use_case") == "value"]
+    texts = Counter(_one_line(str(metadata[name].get("question"))) for name in ids)
+    if isinstance(wanted, str) or (wanted is not None and not wanted):
+        raise ValueError(f"`questions` is {wanted!r}, expected a list such as ['Q1'], or None for all.")
     unknown = sorted(set(wanted or ()) - set(ids))
     if unknown:
         raise ValueError(f"`questions` names {unknown}, which are no value questions of {metadata_file}.")
@@ -122,8 +129,11 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
         low, high = metadata[name].get("answer_scale_min"), metadata[name].get("answer_scale_max")
         if not isinstance(low, int) or not isinstance(high, int):
             raise ValueError(f"{metadata_file}: question {name}: `answer_scale_min` and `_max` must be integers.")
-        if not isinstance(codebook.get(name), dict) or not isinstance(codebook[name].get("choices"), dict):
-            raise ValueError(f"{codebook_file}: question {name} has no `choices`.")
+        for file, entry in ((metadata_file, metadata[name]), (codebook_file, codebook.get(name))):
+            if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
+                raise ValueError(f"{file}: question {name} has no text `question`.")
+        _check_codes(f"{codebook_file}: `choices` of question {name}", codebook[name].get("choices"))
+        _check_codes(f"{adjustment_file}: question {name}", adjustment.get(name, {}))
         labels = _adjusted_labels(codebook[name]["choices"], adjustment.get(name, {}))
         if sorted(labels) != list(range(low, high + 1)):
             raise ValueError(
@@ -136,6 +146,8 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
         if preamble:
             worded[0], worded[-1] = preamble[3].strip(), preamble[4].strip()
             text = preamble[5][:1].upper() + preamble[5][1:]
+        if texts[whole_text] > 1:  # Q102 has the text of Q101; the codebook tells them apart
+            text = _one_line(codebook[name]["question"])
         question = Question(
             name,
             text,
@@ -145,6 +157,21 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
         )
         questions[name] = ValueQuestion(question, low, whole_text)
     return questions
+
+
+def _check_objects(path: Path, content: Mapping[str, Any]) -> None:
+    for name, entry in content.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: entry {name} is no JSON object.")
+
+
+def _check_codes(where: str, codes: Any) -> None:
+    """Raise a `ValueError` unless it maps whole numbers, as texts, to texts."""
+    if not isinstance(codes, dict):
+        raise ValueError(f"{where}: expected a JSON object.")
+    for code, text in codes.items():
+        if not re.fullmatch(r"-?\d+", code) or not isinstance(text, str):
+            raise ValueError(f"{where}: {code!r} must be a whole number and have a text.")
 
 
 def _adjusted_labels(choices: Mapping[str, str], adjustment: Mapping[str, str]) -> dict[int, str]:
@@ -223,21 +250,24 @@ def _choice(text: str, low: int, num_options: int) -> int | None:
 
 def read_weights(path: Path, people: Sequence[str]) -> np.ndarray:
     """
-    `W_WEIGHT` of each person from the World Values Survey's own CSV, NaN where it has none.
+    `W_WEIGHT` of each person from the World Values Survey's own CSV, NaN where it has none, or several.
 
     Raises:
-        `ValueError`: A column is missing, or a weight is no positive number.
+        `ValueError`: A column is missing, a weight is no positive number, or nobody has one.
     """
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         separator = max(",;\t", key=file.readline().count)
     table = _read_texts(path, [PERSON, WEIGHT], separator=separator)
     weights = pd.to_numeric(pd.Series(table[WEIGHT].to_numpy(zero_copy_only=False)), errors="coerce").to_numpy(float)
     blank = np.isin(table[WEIGHT].to_numpy(zero_copy_only=False).astype(str), list(BLANK))
-    bad = ~blank & ~(weights > 0)
+    bad = ~blank & ~((weights > 0) & np.isfinite(weights))
     if bad.any():
         raise ValueError(f"{path}, line {int(np.argmax(bad)) + 2}, column {WEIGHT}: not a positive number.")
     by_person = pd.Series(weights, index=_ids(table, path))
-    return by_person[~by_person.index.duplicated()].reindex(people).to_numpy()
+    found = by_person[~by_person.index.duplicated(keep=False)].reindex(people).to_numpy()
+    if np.isnan(found).all():
+        raise ValueError(f"{path} has a weight of none of the people. Name the file that they are from.")
+    return found
 
 
 def _read_texts(path: Path, columns: Sequence[str], separator: str) -> pa.Table:
@@ -246,13 +276,14 @@ def _read_texts(path: Path, columns: Sequence[str], separator: str) -> pa.Table:
         return csv.read_csv(
             path,
             read_options=csv.ReadOptions(use_threads=False),  # else errors don't know their row
-            parse_options=csv.ParseOptions(delimiter=separator),
+            parse_options=csv.ParseOptions(delimiter=separator, ignore_empty_lines=False),
             convert_options=csv.ConvertOptions(
                 include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string())
             ),
         )
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
         message = re.sub(r"(got \d+): .*", r"\1", str(error), flags=re.DOTALL)  # pyarrow quotes the row: a profile
+        message = re.sub(r"column #(\d+)", lambda found: f"column {columns[int(found[1])]}", message)
         raise ValueError(f"{path}: {message}.") from None
 
 
