@@ -18,7 +18,8 @@ from trl_cuma.data.worldvaluesbench import convert_worldvaluesbench
 from trl_cuma.data.worldvaluesbench_files import FIELDS, read_questions
 from trl_cuma.testing_surveys import write_worldvaluesbench
 
-GOLDEN = Path(__file__).parent / "golden" / "worldvaluesbench.json"
+from .golden_files import check_golden
+
 REAL = Path(os.environ.get("CUMA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "wvb"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real metadata (CUMA_DATA)")
 
@@ -453,7 +454,7 @@ def test_a_sample_of_the_training_rows(tmp_path):
     assert 500 < len(set(some["train"]["person_id"])) < 670
 
 
-def test_golden(folder, tmp_path):
+def test_golden(folder):
     made = {}
     for name, options in {
         "sft": {"prompts": PromptFormat("user")},
@@ -462,9 +463,7 @@ def test_golden(folder, tmp_path):
         conversion = convert(folder, **options)
         made[name] = {split: rows.to_list() for split, rows in conversion.datasets().items()}
         made[name]["report"] = conversion.report.to_dict()
-    if os.environ.get("CUMA_UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(made, indent=1) + "\n")
-    assert made == json.loads(GOLDEN.read_text())
+    check_golden("worldvaluesbench", made)
 
 
 @needs_real
