@@ -153,7 +153,7 @@ def test_global_opinions(tmp_path):
     assert load(tmp_path / "distribution", tmp_path)["train"][0]["distribution"] == [0.25, 0.75]
 
 
-@pytest.mark.parametrize("task", ["sft", "messages", "dpo"])
+@pytest.mark.parametrize("task", ["sft", pytest.param("messages", marks=pytest.mark.slow), "dpo"])
 def test_a_trainer_trains_on_it(survey, tmp_path, task):
     name, more = ("sft", ["--messages"]) if task == "messages" else (task, ["--demographics", "system"])
     assert prepare("worldvaluesbench", "--input", survey, "--task", name, "--output", tmp_path / "data", *more) == 0

@@ -197,6 +197,7 @@ def test_no_group_of_the_real_survey_is_too_large_to_be_a_test_split(survey_grou
     assert max(sizes.values()) == 19  # Q177 to Q195; a tenth of the questions is 24
 
 
+@pytest.mark.slow
 def test_batteries_of_global_opinions() -> None:
     path = DATA / "goqa" / "goqa_ordinal.jsonl"
     if not path.is_file():

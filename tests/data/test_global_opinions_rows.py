@@ -494,6 +494,7 @@ def test_the_profile_in_the_prompt_or_not(tmp_path):
     assert whole["messages"] == system["prompt"] + system["completion"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_FILE.exists(), reason=f"GlobalOpinionQA rows not found at {REAL_FILE}; set CUMA_DATA")
 def test_the_published_rows():
     published = [json.loads(line) for line in REAL_FILE.read_text(encoding="utf-8").splitlines()]

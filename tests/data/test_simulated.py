@@ -142,6 +142,7 @@ def test_shares_of_missing_answers_and_fields(survey):
     assert known == pytest.approx(0.98, abs=0.01)  # about 8,000 fields: standard error 0.0016
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything():
     small = {"num_people": 1500, "answers_per_person": 6}
     script = (

@@ -195,7 +195,7 @@ def test_people_split_anew(folder):
 def test_dpo_rejects_another_option(folder):
     sft = answers_of(convert(folder).datasets()["train"])
     rejected = Counter()
-    for seed in range(40):
+    for seed in range(24):
         splits = SplitOptions(split_by=("person",), seed=seed)
         made = convert(folder, task="dpo", splits=splits).datasets()["train"]
         chosen = made.map(lambda row: {"completion": row["chosen"]})
@@ -205,8 +205,8 @@ def test_dpo_rejects_another_option(folder):
             assert row["rejected"][0]["content"] != row["chosen"][0]["content"]
             if row["person_id"] == "101" and row["question_id"] == "Q3":
                 rejected[row["rejected"][0]["content"]] += 1
-    # Four others, each with probability 1/4: of 40 draws, 3 to 20 with probability above 0.995 for all four.
-    assert set(rejected) == set("ABDE") and min(rejected.values()) >= 3
+    # Four others, each with probability 1/4: of 24 draws, 2 or more of each with probability 0.96 (24 fixed seeds).
+    assert set(rejected) == set("ABDE") and min(rejected.values()) >= 2
 
 
 def test_messages(folder):
