@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -37,6 +35,8 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Any
+
+from machine import processor
 
 # The libraries are imported by the processes that convert: a process starts with its parent's peak as its own, so this
 # one has to stay small.
@@ -303,12 +303,7 @@ class Bench:
 
 def machine(options: argparse.Namespace) -> str:
     """One line: what the numbers were made on and with."""
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    parts = [f"{processor or platform.machine()}, {os.cpu_count()} cores"]
+    parts = [processor()]
     parts += [f"{name} {version(name)}" for name in ("pyarrow", "pandas", "datasets")]
     return "; ".join([*parts, f"{options.rounds} rounds, full size once"])
 

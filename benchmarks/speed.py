@@ -35,7 +35,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,6 +43,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from machine import processor
 from speed_arms import (
     ALL_LINEAR,
     BASE,
@@ -327,12 +327,7 @@ class Bench:
 
 def machine(options: argparse.Namespace, sizes: Sizes) -> str:
     """One line: what the numbers were made on and with."""
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    parts = [f"{processor or platform.machine()}, {os.cpu_count()} cores"]
+    parts = [processor()]
     if options.device.startswith("cuda"):
         parts.append(torch.cuda.get_device_name(options.device))
     parts += [f"{name} {version(name)}" for name in ("torch", "peft", "transformers", "trl")]

@@ -9,9 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .community_alignment import SUBSETS as COMMUNITY_SUBSETS
 from .community_alignment import convert_community_alignment
 from .conversion import Conversion
 from .global_opinions_rows import convert_global_opinions
+from .prism import SUBSETS as PRISM_SUBSETS
 from .prism import convert_prism
 from .prompts import TEMPLATES, PromptFormat
 from .splits import SplitOptions
@@ -41,14 +43,14 @@ SOURCES = {
         ("sft", "dpo", "choice"),
         "Community Alignment: four answers, one preferred, over several turns",
         "a Hub id, a file or a folder; default: facebook/community-alignment-dataset",
-        ("in_balanced_subset", "in_balanced_subset_10"),
+        COMMUNITY_SUBSETS,
     ),
     "prism": Source(
         convert_prism,
         ("sft", "dpo"),
         "PRISM: conversations with scored answers",
         "a Hub id or a folder of its files; default: HannahRoseKirk/prism-alignment",
-        ("included_in_balanced_subset",),
+        PRISM_SUBSETS,
     ),
     "global_opinions": Source(
         convert_global_opinions,
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--task", choices=source.tasks, required=True)
         add("--output", type=Path, required=True, help="a folder that is not there yet")
-        add("--input", required="required" in source.input, help=source.input)
+        add("--input", required=name == "worldvaluesbench", help=source.input)
         add("--overwrite", action="store_true", help="replace what an earlier call wrote to --output")
         _add_prompt_options(command)
         _add_split_options(command)

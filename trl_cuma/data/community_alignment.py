@@ -11,7 +11,6 @@ from typing import Literal
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from ..demographics import DemographicProfile
 from .conversations import (
     Head,
     Turn,
@@ -22,7 +21,7 @@ from .conversations import (
     convert_conversations,
 )
 from .conversion import Conversion
-from .people import MIN_COUNT
+from .people import MIN_COUNT, known_text
 from .prompts import PromptFormat
 from .reading import Row, open_table
 from .report import Report
@@ -170,7 +169,7 @@ def _profiles(answers: dict[str, dict[str, set[str | None]]], report: Report) ->
     for given in answers.values():
         profile: list[str | None] = []
         for field, texts in given.items():
-            known = {DemographicProfile.from_value({field: text}).fields.get(field) for text in texts} - {None}
+            known = {known_text(field, text) for text in texts} - {None}
             num_answers = len({text.casefold() for text in known})
             if num_answers > 1:
                 report.note(f"people whose rows differ in `{field}`, which becomes unknown")

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .global_opinions_source import one_line, read_jsonl
-from .survey import Answers, Cells, Question, Survey
+from .global_opinions_source import read_jsonl
+from .survey import Answers, Cells, Question, Survey, one_line
 
 MIN_TRAINING_CELLS = 3
 """Training cells that every country and every question with a held-out cell keeps."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict
 
 from .reading import Row, open_table
-from .survey import OPTION_LETTERS
+from .survey import OPTION_LETTERS, one_line
 
 # The two surveys behind the data set name these countries differently; no question holds both names.
 COUNTRY_ALIASES = {
@@ -110,11 +110,6 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path}: the file holds no rows.")
     return rows
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and repeated spaces."""
-    return " ".join(text.split())
 
 
 def _check_row(line: str, where: str) -> dict[str, Any]:

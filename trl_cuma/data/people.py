@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from ..demographics import DemographicProfile
+from ..demographics.field_encoder import check_min_count
 from .report import Report
 
 MIN_COUNT = 30
@@ -47,7 +50,7 @@ def canonical_people(
     columns = {}
     for field in people.columns:
         codes, values = pd.factorize(people[field].astype(object))  # -1: missing
-        texts = [DemographicProfile.from_value({field: value}).fields.get(field) for value in values]
+        texts = [known_text(field, value) for value in values]
         column = pd.Series(np.array([*texts, None], dtype=object)[codes], dtype=object)
         counts = column.value_counts()
         rare = set(counts.index[counts < min_count]) - {OTHER}
@@ -65,7 +68,6 @@ def canonical_people(
     return result[~unknown]
 
 
-def check_min_count(min_count: int) -> None:
-    """Raise a `ValueError` unless it is a positive integer."""
-    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")
+def known_text(field: str, value: Any) -> str | None:
+    """What a field's value says about a person, as text; `None` where it says nothing."""
+    return DemographicProfile.from_value({field: value}).fields.get(field)

@@ -233,6 +233,11 @@ def to_preference_dataset(
     return _to_dataset(survey, columns)
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks and repeated spaces."""
+    return " ".join(text.split())
+
+
 def draw_options(rng: np.random.Generator, probs: np.ndarray) -> np.ndarray:
     """One draw per row of `probs` `(rows, options)`, by inverting the row's cumulative distribution."""
     cumulative = probs.cumsum(1)

@@ -14,11 +14,12 @@ import pyarrow as pa
 from datasets import Value
 from tqdm.auto import tqdm
 
+from ..demographics.field_encoder import check_min_count
 from .columns import encoded, joined, message_lists, profile_structs
 from .conversion import Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
 from .keyed import keyed_digest
-from .people import MIN_COUNT, canonical_people, check_min_count
+from .people import MIN_COUNT, canonical_people
 from .prompts import PromptFormat
 from .report import Report
 from .splits import ANY, DROPPED, SPLITS, TRAIN, SplitOptions, split_people, split_prompts, split_rows
@@ -246,18 +247,22 @@ def _columns(
     text = questions.texts.take(by_question)
     if prompts.demographics == "user":
         text = joined(people.prefixes.take(by_person), text)
-    prompt = message_lists(("system", people.systems.take(by_person)), ("user", text))
+    asked = (("system", people.systems.take(by_person)), ("user", text))
     answer = ("assistant", questions.letters.take(pa.array(choice)))
     if prompts.messages:
-        columns = {"messages": message_lists(("system", people.systems.take(by_person)), ("user", text), answer)}
+        columns = {"messages": message_lists(*asked, answer)}
     elif task == "sft":
-        columns = {"prompt": prompt, "completion": message_lists(answer)}
+        columns = {"prompt": message_lists(*asked), "completion": message_lists(answer)}
     else:
         others = questions.num_options[question] - 1
         step = _draw(people.keys[person], questions.keys[question]) % others.astype(np.uint64)
         other = (choice + 1 + step.astype(np.int32)) % (others + 1)
         rejected = ("assistant", questions.letters.take(pa.array(other)))
-        columns = {"prompt": prompt, "chosen": message_lists(answer), "rejected": message_lists(rejected)}
+        columns = {
+            "prompt": message_lists(*asked),
+            "chosen": message_lists(answer),
+            "rejected": message_lists(rejected),
+        }
     columns |= {name: values.take(by_person) for name, values in people.columns.items()}
     return columns | {name: values.take(by_question) for name, values in questions.columns.items()}
 

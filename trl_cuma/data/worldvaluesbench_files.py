@@ -24,8 +24,8 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import csv
 
-from ..demographics import DemographicProfile
-from .survey import Question
+from .people import known_text
+from .survey import Question, one_line
 
 PERSON = "D_INTERVIEW"
 LANGUAGE = "S_INTLANGUAGE"
@@ -118,7 +118,7 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
     adjustment = read_json(adjustment_file)
     _check_objects(metadata_file, metadata)
     ids = [name for name, entry in metadata.items() if entry.get("use_case") == "value"]
-    texts = Counter(_one_line(str(metadata[name].get("question"))) for name in ids)
+    texts = Counter(one_line(str(metadata[name].get("question"))) for name in ids)
     if isinstance(wanted, str) or (wanted is not None and not wanted):
         raise ValueError(f"`questions` is {wanted!r}, expected a list such as ['Q1'], or None for all.")
     unknown = sorted(set(wanted or ()) - set(ids))
@@ -141,18 +141,18 @@ def read_questions(folder: Path, wanted: Sequence[str] | None = None) -> dict[st
                 f"{metadata_file} goes from {low} to {high}."
             )
         options = [labels[code] for code in range(low, high + 1)]
-        whole_text, worded = _one_line(metadata[name]["question"]), list(options)
+        whole_text, worded = one_line(metadata[name]["question"]), list(options)
         text, preamble = whole_text, PREAMBLE.match(whole_text)
         if preamble:
             worded[0], worded[-1] = preamble[3].strip(), preamble[4].strip()
             text = preamble[5][:1].upper() + preamble[5][1:]
         if texts[whole_text] > 1:  # Q102 has the text of Q101; the codebook tells them apart
-            text = _one_line(codebook[name]["question"])
+            text = one_line(codebook[name]["question"])
         question = Question(
             name,
             text,
             tuple(worded),
-            short_text=_one_line(codebook[name]["question"]),
+            short_text=one_line(codebook[name]["question"]),
             short_options=tuple(options),
         )
         questions[name] = ValueQuestion(question, low, whole_text)
@@ -180,7 +180,7 @@ def _adjusted_labels(choices: Mapping[str, str], adjustment: Mapping[str, str]) 
         for code, label in choices.items():
             target = adjustment.get(code, code)
             if int(code) >= 0 and target != "" and (target != code) == moved:
-                labels[int(target)] = _one_line(label)
+                labels[int(target)] = one_line(label)
     return labels
 
 
@@ -198,7 +198,7 @@ def read_people(path: Path) -> tuple[pd.DataFrame, int]:
         codes, values = pd.factorize(table[column].to_numpy(zero_copy_only=False))
         is_code = np.array([re.fullmatch(r"-?\d+(\.0)?", value) is not None for value in values], dtype=bool)
         unlabelled += int(is_code[codes].sum())
-        texts = [DemographicProfile.from_value({field: value}).fields.get(field) for value in values]
+        texts = [known_text(field, value) for value in values]
         kept = [None if code else text for code, text in zip(is_code, texts, strict=True)]
         columns[field] = np.array(kept, dtype=object)[codes]
     return pd.DataFrame(columns, index=pd.Index(_ids(table, path), name="person_id"), dtype=object), unlabelled
@@ -294,7 +294,3 @@ def _ids(table: pa.Table, path: Path) -> list[str]:
         if not text.isdigit():
             raise ValueError(f"{path}, line {row + 2}, column {PERSON}: not a whole number.")
     return ids
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -37,8 +37,7 @@ class FieldEncoder:
     """
 
     def __init__(self, *, min_count: int = 30) -> None:
-        if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-            raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")
+        check_min_count(min_count)
         self.min_count = min_count
         self._vocabulary: dict[str, list[str]] = {}
         self._columns: dict[tuple[str, str], int] = {}
@@ -185,3 +184,9 @@ class FieldEncoder:
                 f"The profile in {name_rows(rows)} is a plain text: the FieldEncoder needs a mapping of fields "
                 '({"country": …, "age": …}). Use a TextEncoder for plain texts.'
             )
+
+
+def check_min_count(min_count: int) -> None:
+    """Raise a `ValueError` unless it is a positive integer."""
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"`min_count` is {min_count!r}, expected an integer of at least 1.")
