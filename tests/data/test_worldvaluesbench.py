@@ -180,6 +180,14 @@ def test_every_answer_is_counted_once(folder):
     assert not any(word in str(conversion.report) for word in ("Ruritania", "Hill", "Solarist", "101"))
 
 
+def test_an_unknown_language_is_no_unknown_person(tmp_path):
+    folder = write(tmp_path / "wvb", {"train": [[*ANN[:-1], "No answer"], BO], "test": [CY]})
+    conversion = convert(folder)
+    by_person = {row["person_id"]: row["language"] for row in conversion.datasets()["train"]}
+    assert by_person == {"101": None, "102": "Spanish"}
+    assert conversion.report.notes == {"codes without a label, taken as unknown": 1}
+
+
 def test_validation_people_are_used_where_validation_is_asked_for(folder):
     made = convert(folder, splits=SplitOptions(split_by=("person",), validation=0.1)).datasets()
     assert list(made) == ["train", "validation", "test"]

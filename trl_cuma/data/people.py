@@ -47,18 +47,7 @@ def canonical_people(
     if not people.index.is_unique:
         repeated = int(people.index.duplicated().sum())
         raise ValueError(f"{repeated} rows repeat the id of an earlier person. Keep one row per person.")
-    columns = {}
-    for field in people.columns:
-        codes, values = pd.factorize(people[field].astype(object))  # -1: missing
-        texts = [known_text(field, value) for value in values]
-        column = pd.Series(np.array([*texts, None], dtype=object)[codes], dtype=object)
-        counts = column.value_counts()
-        rare = set(counts.index[counts < min_count]) - {OTHER}
-        column[column.isin(rare)] = OTHER
-        if (column == OTHER).sum() < min_count:
-            column[column == OTHER] = None
-        report.note(f"values of `{field}` that fewer than {min_count} people hold, grouped", len(rare))
-        columns[field] = column.to_numpy(dtype=object)
+    columns = {field: grouped(people[field], report, min_count) for field in people.columns}
     result = pd.DataFrame(columns, index=people.index, dtype=object)
     unknown = result.isna().all(axis=1)
     if keep_unknown:
@@ -66,6 +55,20 @@ def canonical_people(
         return result
     report.drop("people", "nothing is known of them", unknown.sum())
     return result[~unknown]
+
+
+def grouped(values: pd.Series, report: Report, min_count: int) -> np.ndarray:
+    """One column of [`canonical_people`]: texts or `None`, those of fewer than `min_count` people grouped."""
+    codes, distinct = pd.factorize(values.astype(object))  # -1: missing
+    texts = [known_text(values.name, value) for value in distinct]
+    column = pd.Series(np.array([*texts, None], dtype=object)[codes], dtype=object)
+    counts = column.value_counts()
+    rare = set(counts.index[counts < min_count]) - {OTHER}
+    column[column.isin(rare)] = OTHER
+    if (column == OTHER).sum() < min_count:
+        column[column == OTHER] = None
+    report.note(f"values of `{values.name}` that fewer than {min_count} people hold, grouped", len(rare))
+    return column.to_numpy(dtype=object)
 
 
 def known_text(field: str, value: Any) -> str | None:

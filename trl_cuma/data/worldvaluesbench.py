@@ -19,7 +19,7 @@ from .columns import encoded, joined, message_lists, profile_structs
 from .conversion import Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
 from .keyed import keyed_digest
-from .people import MIN_COUNT, canonical_people
+from .people import MIN_COUNT, canonical_people, grouped
 from .prompts import PromptFormat
 from .report import Report
 from .splits import ANY, DROPPED, SPLITS, TRAIN, SplitOptions, split_people, split_prompts, split_rows
@@ -115,7 +115,7 @@ def convert_worldvaluesbench(
         profiles = canonical_people(people[list(FIELDS)], report, min_count, keep_unknown=keep_unknown)
         answers = answers[people.index.isin(profiles.index)]
         people = people.loc[profiles.index]
-        spoken = canonical_people(people[["language"]], report, min_count, keep_unknown=True)["language"]
+        spoken = pd.Series(grouped(people["language"], report, min_count), people.index, dtype=object)
         taken = _taken(people["language"], answers, languages, report)
         can_train = taken & ((answers >= 0) & np.isin(prompt_split, (TRAIN, ANY))).any(axis=1)
         person_split = split_people(profiles, splits, people["split"] if of_source else None, can_train)
