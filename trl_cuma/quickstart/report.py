@@ -158,12 +158,12 @@ def draw_figures(
         before_after (`dict`): arm label → entropies `(cells,)` after SFT and after DPO.
 
     Raises:
-        ImportError: without matplotlib, the `plots` extra.
+        ImportError: without matplotlib, of the `evaluation` extra.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("The figures need matplotlib. Install it: pip install 'trl_cuma[plots]'.") from error
+        raise ImportError("The figures need matplotlib. Install it: pip install 'trl_cuma[evaluation]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

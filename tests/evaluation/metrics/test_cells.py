@@ -1,11 +1,25 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance
 
-from trl_cuma.evaluation import emd, entropy, expected_accuracy, gap_closed, kl, summarise_cells
+from trl_cuma.evaluation import metrics
+from trl_cuma.evaluation.metrics import (
+    answer_distributions,
+    emd,
+    entropy,
+    expected_accuracy,
+    gap_closed,
+    kl,
+    nll,
+    summarise_cells,
+    weighted_mean,
+)
 
 
 def random_cells(seed: int, num_cells: int = 50, max_options: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,3 +112,79 @@ def test_shapes_are_checked():
         emd(np.eye(3), np.eye(3), np.array([3, 3]))
     with pytest.raises(ValueError, match="holds no cells"):
         summarise_cells(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, dtype=int))
+
+
+def test_nll_of_answers_by_hand():
+    predicted = np.array([[0.25, 0.75, 0.0], [0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
+    # q' of the last row is (1, 1e-8) / (1 + 1e-8): option 1 costs ln(1e8 + 1)
+    expected = [-math.log(0.25), -math.log(0.5), math.log(1e8 + 1)]
+    np.testing.assert_allclose(nll(np.array([0, 2, 1]), predicted, np.array([2, 3, 2])), expected, atol=1e-6)
+
+
+def test_nll_under_the_truth_is_the_mean_over_its_answers():
+    truth, predicted, num_options = random_cells(3)
+    rows = np.arange(len(truth))
+    by_option = [nll(np.minimum(rows * 0 + k, num_options - 1), predicted, num_options) for k in range(7)]
+    # Beyond a cell's options the truth is 0, so that what stands there has no say.
+    np.testing.assert_allclose(nll(truth, predicted, num_options), (truth * np.stack(by_option, 1)).sum(1))
+
+
+def test_an_answer_that_is_no_option_is_refused():
+    predicted = np.array([[0.5, 0.5, 0.0]] * 2)
+    for answer in (2, -1):
+        with pytest.raises(ValueError, match=f"Answer 1 is option {answer}, but its question has the options 0 to 1"):
+            nll(np.array([0, answer]), predicted, np.array([2, 2]))
+        with pytest.raises(ValueError, match="Answer 1 is option"):
+            answer_distributions(np.array([0, 0]), np.array([0, answer]), np.array([2]))
+
+
+def test_equal_weight_per_cell_and_by_people():
+    # Cells with EMD 0 and 1: half, however many people are in them; by 30 and 10 people a quarter.
+    truth, predicted = np.array([[1.0, 0], [1, 0]]), np.array([[1.0, 0], [0, 1]])
+    values = emd(truth, predicted, np.array([2, 2]))
+    assert weighted_mean(values) == 0.5
+    assert weighted_mean(values, np.array([30, 10])) == 0.25
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], [1.0]], ids=str)
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="`weights` must"):
+        weighted_mean(np.array([0.0, 1.0]), np.array(weights))
+    with pytest.raises(ValueError, match="no rows"):
+        weighted_mean(np.array([]))
+
+
+def test_answers_make_a_distribution_per_cell():
+    cell, choice = np.array([0, 0, 0, 1, 1]), np.array([1, 1, 0, 2, 0])
+    num_options = np.array([2, 3])
+    shares = answer_distributions(cell, choice, num_options)
+    np.testing.assert_allclose(shares, [[1 / 3, 2 / 3, 0], [0.5, 0, 0.5]])
+    # Survey weights: cell 0 has 0.5 + 0.5 against 3, cell 1 has 1 against 3.
+    weighted = answer_distributions(cell, choice, num_options, np.array([0.5, 0.5, 3, 1, 3]))
+    np.testing.assert_allclose(weighted, [[0.75, 0.25, 0], [0.75, 0, 0.25]])
+    with pytest.raises(ValueError, match="Cell 2 has no answer"):
+        answer_distributions(cell, choice, np.array([2, 3, 2]))
+
+
+def test_the_mean_nll_of_answers_is_that_of_their_distribution():
+    rng = np.random.default_rng(0)
+    _, predicted, num_options = random_cells(4, num_cells=5)
+    cell = rng.integers(5, size=400)
+    choice, weights = rng.integers(num_options[cell]), rng.random(400)
+    shares = answer_distributions(cell, choice, num_options, weights)
+    predicted = predicted[:, : shares.shape[1]]
+    by_answer = weighted_mean(nll(choice, predicted[cell], num_options[cell]), weights)
+    by_cell = weighted_mean(nll(shares, predicted, num_options), np.bincount(cell, weights))
+    assert by_answer == pytest.approx(by_cell)
+
+
+def test_the_metrics_of_cells_need_numpy_alone():
+    # The quick start runs without the packages that the other metrics use.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules.update({'scipy': None, 'sklearn': None})\n"
+        "import metrics, numpy as np\n"
+        "p = np.eye(2); print(metrics.summarise_cells(p, p, np.array([2, 2]))['emd'])"
+    )
+    folder = str(Path(metrics.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.stdout == "0.0\n", done.stderr

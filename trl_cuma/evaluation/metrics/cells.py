@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .intervals import row_weights
+
 PROBABILITY_FLOOR = 1e-8
 """Least predicted probability of an option in `kl`, so that one confident mistake cannot make a mean infinite."""
 
@@ -34,8 +36,8 @@ def emd(truth: np.ndarray, predicted: np.ndarray, num_options: np.ndarray) -> np
     Raises:
         `ValueError`: A row is not a distribution over its cell's options.
     """
-    _check("truth", truth, num_options)
-    _check("predicted", predicted, num_options)
+    check_distributions("truth", truth, num_options)
+    check_distributions("predicted", predicted, num_options)
     gaps = np.abs(np.cumsum(truth - predicted, 1))
     inner = np.arange(truth.shape[1]) < num_options[:, None] - 1
     return (gaps * inner).sum(1) / (num_options - 1)
@@ -60,8 +62,8 @@ def kl(truth: np.ndarray, predicted: np.ndarray, num_options: np.ndarray) -> np.
     Raises:
         `ValueError`: A row is not a distribution over its cell's options.
     """
-    _check("truth", truth, num_options)
-    _check("predicted", predicted, num_options)
+    check_distributions("truth", truth, num_options)
+    check_distributions("predicted", predicted, num_options)
     floored = np.maximum(predicted, PROBABILITY_FLOOR) * (np.arange(truth.shape[1]) < num_options[:, None])
     floored = floored / floored.sum(1, keepdims=True)
     chosen = truth > 0
@@ -116,6 +118,77 @@ def gap_closed(value: float, marginal: float, oracle: float) -> float:
     return float("nan") if marginal == oracle else (marginal - value) / (marginal - oracle)
 
 
+def nll(truth: np.ndarray, predicted: np.ndarray, num_options: np.ndarray) -> np.ndarray:
+    """
+    Negative log-likelihood in nats: of individuals' answers, or expected under the true distribution.
+
+        NLL = -log q'_a    or    NLL = -sum_k p_k log q'_k = H(p) + KL(p || q),    q' as in [`kl`]
+
+    Args:
+        truth (`np.ndarray` of shape `(rows,)` or `(rows, max_options)`): The option `a` that each person chose, an
+            integer from 0 in scale order; or true distributions `p`.
+        predicted (`np.ndarray` of shape `(rows, max_options)`): Predicted distributions `q`. For answers of
+            individuals one row per answer: `predicted[answer_cell]`.
+        num_options (`np.ndarray` of shape `(rows,)`): Number of options of each row's question.
+
+    Returns:
+        `np.ndarray` of shape `(rows,)`.
+
+    Raises:
+        `ValueError`: An answer is not one of the options, or a row is not a distribution over its options.
+    """
+    truth = as_distributions(truth, predicted.shape[1], num_options)
+    return entropy(truth) + kl(truth, predicted, num_options)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """
+    Mean over cells: `sum_c w_c v_c / sum_c w_c`.
+
+    With equal weights a metric is group-conditional: each (question, profile) cell counts once. With the number of
+    people (or the sum of their survey weights) in each cell it is population-weighted: large groups count more.
+
+    Args:
+        values (`np.ndarray` of shape `(cells,)`): A metric per cell.
+        weights (`np.ndarray` of shape `(cells,)`, *optional*): Non-negative weights; by default equal.
+
+    Raises:
+        `ValueError`: There are no cells, or the weights are no weights.
+    """
+    return float(np.average(values, weights=row_weights(weights, len(values))))
+
+
+def answer_distributions(
+    cell: np.ndarray, choice: np.ndarray, num_options: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    The distributions of individuals' answers per cell: `p[c, k] = sum_{i in c, a_i = k} w_i / sum_{i in c} w_i`.
+
+    Of few answers they are noisy: their entropy is too low and the divergence between their cells too high, by about
+    `(K - 1) / 2n` nats with n answers to K options (Miller 1955), and a perfect prediction has an EMD above 0. Use
+    cells with many answers, or metrics of single answers ([`nll`], accuracy).
+
+    Args:
+        cell (`np.ndarray` of shape `(answers,)`): Index of each answer's cell.
+        choice (`np.ndarray` of shape `(answers,)`): The option chosen, from 0 in scale order.
+        num_options (`np.ndarray` of shape `(cells,)`): Number of options of each cell's question.
+        weights (`np.ndarray` of shape `(answers,)`, *optional*): Survey weights; by default equal.
+
+    Returns:
+        `np.ndarray` of shape `(cells, max(num_options))`.
+
+    Raises:
+        `ValueError`: A cell has no answer (or none with a weight), or an answer is not one of the options.
+    """
+    _check_choices(choice, num_options[cell])
+    counts = np.zeros((len(num_options), int(num_options.max())))
+    np.add.at(counts, (cell, choice), row_weights(weights, len(choice)))
+    totals = counts.sum(1, keepdims=True)
+    if (totals == 0).any():
+        raise ValueError(f"Cell {int(totals.argmin())} has no answer with a positive weight: leave such cells out.")
+    return counts / totals
+
+
 def summarise_cells(
     truth: np.ndarray, predicted: np.ndarray, num_options: np.ndarray, outside: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -149,7 +222,26 @@ def summarise_cells(
     return {name: float(np.mean(values)) for name, values in summary.items()}
 
 
-def _check(name: str, probs: np.ndarray, num_options: np.ndarray) -> None:
+def as_distributions(truth: np.ndarray, max_options: int, num_options: np.ndarray) -> np.ndarray:
+    """Answers `(rows,)` as distributions with all mass on the answer, `(rows, max_options)`; else `truth` itself."""
+    truth = np.asarray(truth)
+    if truth.ndim != 1:
+        return truth
+    _check_choices(truth, num_options)
+    return np.eye(max_options)[truth]
+
+
+def _check_choices(choice: np.ndarray, num_options: np.ndarray) -> None:
+    wrong = (choice < 0) | (choice >= num_options)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"Answer {row} is option {choice[row]}, but its question has the options 0 to {num_options[row] - 1}. "
+            f"Leave rows without a valid answer out, and report how many."
+        )
+
+
+def check_distributions(name: str, probs: np.ndarray, num_options: np.ndarray) -> None:
     if probs.ndim != 2 or len(probs) != len(num_options):
         raise ValueError(
             f"`{name}` must have the shape (cells, max_options) with one row per entry of `num_options` "
