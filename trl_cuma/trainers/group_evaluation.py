@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..adapter.routing import ROUTING_BY_PROFILE
 from .routing import GroupRouting
-
-ROUTING = ("router_load", "router_entropy")
 
 
 class GroupEvaluationMixin:
@@ -66,8 +65,9 @@ class GroupEvaluationMixin:
             outputs = model(*args, output_routing_by_profile=True, **kwargs)
             embeds = kwargs["demographic_embeds"]
             rows = self._rows_that_count(len(embeds)).to(embeds.device)
-            self._group_routing.add(embeds[rows], *(outputs[name][rows] for name in ROUTING))
-            return type(outputs)(**{name: value for name, value in outputs.items() if name not in ROUTING})
+            self._group_routing.add(embeds[rows], outputs["router_load"][rows], outputs["router_entropy"][rows])
+            rest = {name: value for name, value in outputs.items() if name not in ROUTING_BY_PROFILE}
+            return type(outputs)(**rest)
 
         return forward
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from ..adapter.routing import mutual_information, reportable_groups
 from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
 
@@ -80,13 +81,15 @@ class GroupRouting:
                 f"{sorted(known)}. Name some of these; text and vectors have none."
             )
         people = dataset[person_column] if person_column in dataset.column_names else range(len(profiles))
-        members: dict[tuple[str, str], set[Any]] = defaultdict(set)
+        members: dict[str, dict[str, set[Any]]] = {field: defaultdict(set) for field in fields}
         for profile, person in zip(profiles, people, strict=True):
             for field in fields:
                 if field in profile.fields:
-                    members[field, profile.fields[field]].add(person)
+                    members[field][profile.fields[field]].add(person)
         everybody = set(people)
-        self.names = [name for field in fields for name in _reportable(field, members, everybody, min_size)]
+        self.names = [
+            (field, value) for field in fields for value in reportable_groups(members[field], everybody, min_size)
+        ]
         self._min_rows = min_size * rows_per_example
         index = {name: number for number, name in enumerate(self.names)}
         self._fields = list(fields)
@@ -150,26 +153,9 @@ class GroupRouting:
         for field in self._fields:
             of_field = [n for n, (name, _) in enumerate(self.names) if name == field and counts[n] >= self._min_rows]
             if len(of_field) > 1:
-                information = _mutual_information(loads[of_field], counts[of_field])
+                information = mutual_information(loads[of_field], counts[of_field]).mean().item()
                 found[f"{prefix}/{field}/mutual_information"] = information
         return found
-
-
-def _reportable(
-    field: str, members: dict[tuple[str, str], set[Any]], everybody: set[Any], min_size: int
-) -> list[tuple[str, str]]:
-    sizes = sorted((len(people), name) for name, people in members.items() if name[0] == field)
-    names = [name for size, name in sizes if size >= min_size]
-    while names and 0 < len(everybody.difference(*(members[name] for name in names))) < min_size:
-        names.pop(0)  # the smallest
-    return sorted(names)
-
-
-def _mutual_information(loads: torch.Tensor, counts: torch.Tensor) -> float:
-    """`I(expert; group) = H(expert) - H(expert | group)`, mean over routers, of loads `(groups, routers, experts)`."""
-    shares = (counts / counts.sum()).view(-1, 1, 1)
-    within = (torch.special.entr(loads) * shares).sum((0, 2))
-    return (torch.special.entr((loads * shares).sum(0)).sum(-1) - within).mean().item()
 
 
 def _bytes_of(vectors: torch.Tensor) -> list[bytes]:
