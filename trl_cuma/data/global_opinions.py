@@ -12,6 +12,7 @@ the returned survey are simulated, one per answer, which is drawn from the row's
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from os import PathLike
 from typing import Any
@@ -34,12 +35,19 @@ def load_global_opinions(
     validation: float = 0.1,
     min_countries: int = 6,
     max_questions: int | None = 100,
+    holdout_countries: float = 0.0,
+    holdout_questions: float = 0.0,
 ) -> Survey:
     """
     Load GlobalOpinionQA rows as a survey with held-out (question, country) cells.
 
     Cells are held out only while their country and their question keep at least three training cells, so a country
     with few rows is trained on and never evaluated. A row's distribution is taken as the truth of its cell.
+
+    Whole countries and whole questions can be held out as well. The cells of held-out countries on the other questions
+    are the split `"held_out_countries"`, those of held-out questions in the other countries `"held_out_questions"`;
+    where both are held out, a cell is dropped. Of a held-out question nothing is known from training: its
+    `training_marginal` is uniform.
 
     Args:
         path (`str` or `PathLike`): The JSONL file.
@@ -49,10 +57,14 @@ def load_global_opinions(
         validation (`float`): Share of the cells to hold out for choosing settings, split `"validation"`.
         min_countries (`int`): Leave out questions that were asked in fewer countries.
         max_questions (`int`, *optional*): Keep the questions on which countries differ most: those with the highest
-            mutual information between country and answer, computed over training cells only. `None` keeps all.
+            mutual information between country and answer, computed over the cells that are not held out as such or
+            with their country. `None` keeps all.
+        holdout_countries (`float`): Share of the countries to hold out.
+        holdout_questions (`float`): Share of the kept questions to hold out.
 
     Returns:
-        `Survey`: With splits `"train"`, `"validation"` and `"held_out_cells"`; `fields` is `("country",)`.
+        `Survey`: With splits `"train"`, `"validation"`, `"held_out_cells"` and, where asked for,
+        `"held_out_countries"` and `"held_out_questions"`; `fields` is `("country",)`.
 
     Raises:
         `ValueError`: An argument is out of its range, no question has enough countries, or a row is malformed; the
@@ -64,15 +76,34 @@ def load_global_opinions(
         raise ValueError(
             f"`holdout` and `validation` must be positive shares with a sum below 1, got {holdout} and {validation}."
         )
+    for name, share in (("holdout_countries", holdout_countries), ("holdout_questions", holdout_questions)):
+        if not 0 <= share < 1:
+            raise ValueError(f"`{name}` must be a share of at least 0 and below 1, got {share}.")
     rows = read_jsonl(path)
     num_countries = Counter(row["qid"] for row in rows)
     rows = [row for row in rows if num_countries[row["qid"]] >= min_countries]
     if not rows:
         raise ValueError(f"{path}: no question was asked in {min_countries} countries or more. Lower `min_countries`.")
-    split_rng, answer_rng = np.random.default_rng(seed).spawn(2)
-    split = _split_cells(rows, split_rng, holdout, validation)
+    split_rng, answer_rng, whole_rng = np.random.default_rng(seed).spawn(3)
+    countries = sorted({row["country"] for row in rows})
+    away = set(whole_rng.permutation(countries)[: round(holdout_countries * len(countries))].tolist())
+    at_home = [row for row in rows if row["country"] not in away]
+    split = _split_cells(at_home, split_rng, holdout, validation)
     if max_questions is not None:
-        rows, split = _keep_most_divided(rows, split, max_questions)
+        at_home, split = _keep_most_divided(at_home, split, max_questions)
+    kept = sorted({row["qid"] for row in at_home})
+    unseen = set(whole_rng.permutation(kept)[: round(holdout_questions * len(kept))].tolist())
+    split = np.where([row["qid"] in unseen for row in at_home], "held_out_questions", split)
+    split = _return_cells(at_home, split)
+    abroad = [row for row in rows if row["country"] in away and row["qid"] in set(kept) - unseen]
+    rows = [*at_home, *abroad]
+    split = np.concatenate([split, np.full(len(abroad), "held_out_countries", dtype=object)])
+    # A country that is left with held-out questions only is as unknown as those that are held out.
+    trained = {row["country"] for row, name in zip(rows, split, strict=True) if name == "train"}
+    known = [
+        name != "held_out_questions" or row["country"] in trained for row, name in zip(rows, split, strict=True)
+    ]
+    rows, split = list(itertools.compress(rows, known)), split[known]
 
     # In the published data the wording of one question differs between rows by white space at most.
     questions = {
@@ -92,7 +123,9 @@ def load_global_opinions(
     cell = np.repeat(np.arange(len(rows)), answers_per_cell)
     choice = np.repeat(np.tile(np.arange(truth.shape[1]), len(rows)), counts.reshape(-1))
     answers, cells = {}, {}
-    for name in ("train", "validation", "held_out_cells"):
+    names = ["train", "validation", "held_out_cells"]
+    names += ["held_out_countries"] * (holdout_countries > 0) + ["held_out_questions"] * (holdout_questions > 0)
+    for name in names:
         in_split = split == name
         if not in_split.any():
             raise ValueError(
@@ -134,11 +167,14 @@ def _keep_most_divided(
     ranked = sorted(training, key=lambda qid: (-_mutual_information(np.array(training[qid])), qid))
     chosen = set(ranked[:max_questions])
     kept = [index for index, row in enumerate(rows) if row["qid"] in chosen]
-    rows, split = [rows[index] for index in kept], split[kept]
-    # A country may have lost training cells with the other questions: what is held out of it goes to training then.
+    return [rows[index] for index in kept], split[kept]
+
+
+def _return_cells(rows: list[dict[str, Any]], split: np.ndarray) -> np.ndarray:
+    """Where a country has lost training cells with the questions that are gone, its held-out cells are trained on."""
     left = Counter(row["country"] for row, name in zip(rows, split, strict=True) if name == "train")
-    too_few = [left[row["country"]] < MIN_TRAINING_CELLS for row in rows]
-    return rows, np.where(too_few, "train", split)
+    too_few = np.array([left[row["country"]] < MIN_TRAINING_CELLS for row in rows])
+    return np.where(too_few & (split != "held_out_questions"), "train", split)
 
 
 def _mutual_information(dists: np.ndarray) -> float:

@@ -12,6 +12,42 @@ from .survey import OPTION_LETTERS, Question
 Task = Literal["survey", "chat", "choice"]
 
 
+class Letters(NamedTuple):
+    """
+    How a wording lists options, each behind its letter.
+
+    Attributes:
+        before (`str`): What stands between the question and the first letter.
+        mark (`str`): What follows a letter, with a blank.
+        joint (`str`): What stands between two options.
+        end (`str`): What follows the last option. No two wordings end alike.
+    """
+
+    before: str
+    mark: str
+    joint: str
+    end: str
+
+    def write(self, text: str, options: Sequence[str]) -> str:
+        """The text, and the options behind it."""
+        letters = zip(OPTION_LETTERS, options, strict=False)
+        return (
+            text + self.before + self.joint.join(f"{letter}{self.mark} {each}" for letter, each in letters) + self.end
+        )
+
+
+class LetteredText(NamedTuple):
+    """A prompt that was written by [`Letters`], taken apart: `letters.write(text, options)` is the prompt."""
+
+    text: str
+    options: tuple[str, ...]
+    letters: Letters
+
+    def reordered(self, order: Sequence[int]) -> str:
+        """The prompt with option `order[k]` behind the letter number `k`."""
+        return self.letters.write(self.text, [self.options[index] for index in order])
+
+
 class Opening(NamedTuple):
     """
     How a prompt begins for one person.
@@ -47,8 +83,10 @@ class Template:
     choice: Callable[[str, Sequence[str]], str]
 
 
-def _letters(options: Sequence[str], mark: str, joint: str) -> str:
-    return joint.join(f"{letter}{mark} {option}" for letter, option in zip(OPTION_LETTERS, options, strict=False))
+_PLAIN_QUESTION = Letters("\n\n", ".", "\n", "\n\nAnswer with the letter of one option.")
+_PLAIN_CHOICE = Letters("\n\n", ".", "\n\n", "\n\nAnswer with the letter of one answer.")
+_PAPER_QUESTION = Letters("? ", ".", " ", ". You can only choose one option.")
+_PAPER_CHOICE = Letters("\n\nOptions:\n", ":", "\n", "\n\nAnswer:")
 
 
 def _plain_profile(profile: Mapping[str, str], task: Task) -> str:
@@ -56,13 +94,11 @@ def _plain_profile(profile: Mapping[str, str], task: Task) -> str:
 
 
 def _plain_question(question: Question) -> str:
-    options = _letters(question.options, ".", "\n")
-    return f"{question.text}\n\n{options}\n\nAnswer with the letter of one option."
+    return _PLAIN_QUESTION.write(question.text, question.options)
 
 
 def _plain_choice(prompt: str, candidates: Sequence[str]) -> str:
-    options = _letters(candidates, ".", "\n\n")
-    return f"Which answer to this do you prefer?\n\n{prompt}\n\n{options}\n\nAnswer with the letter of one answer."
+    return _PLAIN_CHOICE.write(f"Which answer to this do you prefer?\n\n{prompt}", candidates)
 
 
 def _paper_profile(profile: Mapping[str, str], task: Task) -> str:
@@ -80,12 +116,11 @@ def _paper_profile(profile: Mapping[str, str], task: Task) -> str:
 
 def _paper_question(question: Question) -> str:
     text = (question.short_text or question.text).rstrip("?")
-    return f"{text}? {_letters(question.short_options or question.options, '.', ' ')}. You can only choose one option."
+    return _PAPER_QUESTION.write(text, question.short_options or question.options)
 
 
 def _paper_choice(prompt: str, candidates: Sequence[str]) -> str:
-    options = _letters(candidates, ":", "\n")
-    return f"Question: {prompt}\n\nOptions:\n{options}\n\nAnswer:"
+    return _PAPER_CHOICE.write(f"Question: {prompt}", candidates)
 
 
 _ASSISTANT = "You are a helpful assistant."
@@ -129,6 +164,47 @@ TEMPLATES: dict[str, Template] = {
     ),
 }
 """The named wordings."""
+
+
+def read_letters(prompt: str, num_options: int) -> LetteredText:
+    """
+    Take a user message apart that one of the [`TEMPLATES`] wrote for a survey question or a choice: the inverse of
+    [`PromptFormat.question`] and [`PromptFormat.choice`]. What precedes the question, such as a profile, stays before
+    it.
+
+    Args:
+        prompt (`str`): The message.
+        num_options (`int`): How many options it lists.
+
+    Raises:
+        `ValueError`: The message doesn't end as these wordings do, or doesn't list so many options, or it could be
+            taken apart in several ways, since an option or the question holds what looks like a list of its own.
+    """
+    known = (_PLAIN_QUESTION, _PLAIN_CHOICE, _PAPER_QUESTION, _PAPER_CHOICE)
+    letters = next((letters for letters in known if prompt.endswith(letters.end)), None)
+    if letters is None:
+        raise ValueError(f"The prompt ends in none of the ways in which {list(TEMPLATES)} end a list of options.")
+    body = prompt[: len(prompt) - len(letters.end)]
+    marks = [f"{letters.joint}{letter}{letters.mark} " for letter in OPTION_LETTERS[:num_options]]
+    marks[0] = letters.before + marks[0].removeprefix(letters.joint)
+    first, last, start, stop = [], [], 0, len(body)
+    for mark in marks:  # each as far ahead as can be, from the first
+        first.append(body.find(mark, start))
+        start = first[-1] + len(mark)
+        if first[-1] < 0:
+            raise ValueError(f"The prompt ends as a list of options does, but doesn't list {num_options} of them.")
+    for mark in reversed(marks):  # and each as far behind as can be, from the last
+        last.insert(0, body.rfind(mark, 0, stop))
+        stop = last[0]
+    more = [f"{letters.joint}{letter}{letters.mark} " for letter in OPTION_LETTERS[num_options : num_options + 1]]
+    if first != last or any(mark in body[start:] for mark in more):
+        raise ValueError(
+            f"The prompt's {num_options} options can be told apart in several ways: an option or the question holds "
+            "what looks like a list of its own, or there are more options."
+        )
+    ends = [*first[1:], len(body)]
+    options = tuple(body[at + len(mark) : end] for at, mark, end in zip(first, marks, ends, strict=True))
+    return LetteredText(body[: first[0]], options, letters)
 
 
 @dataclass(frozen=True)

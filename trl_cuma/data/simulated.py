@@ -65,6 +65,7 @@ def simulate_survey(
     tau: float = 0.16,
     conflict_share: float = 0.75,
     held_out_per_country: int = 1,
+    held_out_questions: int = 0,
     missing_answers: float = 0.03,
     missing_fields: float = 0.02,
     max_cells: int = 1500,
@@ -79,6 +80,9 @@ def simulate_survey(
     A cell is a (question, country, religion, age) that occurs in a split, once, with the profile of one of its people
     (distractors and all). The truth uses a person's true attributes, so people with a missing signal field are in no
     cell; their answers stay in `answers`.
+
+    Held-out questions are in no split but `"held_out_questions"`, which has what the people of `"held_out_people"`
+    answered to them. Nothing is known of their answers from training: their `training_marginal` is uniform.
 
     Args:
         seed (`int`): Seed of everything; the same arguments give the same survey on every machine.
@@ -95,13 +99,16 @@ def simulate_survey(
         tau (`float`): Spread of answers within a group, as a part of the scale.
         conflict_share (`float`): Share of topics on which the groups disagree; on the others all hold one view.
         held_out_per_country (`int`): Held-out religions per country. Every religion is held out equally often.
+        held_out_questions (`int`): Questions that no training person answers. Each is of a topic that keeps another
+            question, which tells the groups' stances.
         missing_answers (`float`): Share of the asked questions that get no answer.
         missing_fields (`float`): Share of profile fields that a person leaves out.
         max_cells (`int`): Cells to keep per split, a uniform sample.
         min_training_people (`int`): Training people that every country and every religion must keep.
 
     Returns:
-        `Survey`: With splits `"train"`, `"validation"`, `"held_out_people"` and `"held_out_combinations"`.
+        `Survey`: With splits `"train"`, `"validation"`, `"held_out_people"` and `"held_out_combinations"`, and
+        `"held_out_questions"` where there are such.
 
     Raises:
         `ValueError`: An argument is out of its range, or a country or religion keeps too few training people.
@@ -114,12 +121,13 @@ def simulate_survey(
         ("answers_per_person", answers_per_person, 1, num_questions),
         ("num_distractors", num_distractors, 0, len(DISTRACTOR_FIELDS)),
         ("held_out_per_country", held_out_per_country, 1, len(SIGNAL_FIELDS["religion"]) - 1),
+        ("held_out_questions", held_out_questions, 0, max(num_questions - num_topics, 0)),
     ):
         if not low <= value <= high:
             raise ValueError(f"`{name}` must be {low} to {high}, got {value}.")
 
     # Independent streams: the world stays the same when only the number of people or answers changes.
-    world, people, draws = np.random.default_rng(seed).spawn(3)
+    world, people, draws, choosing = np.random.default_rng(seed).spawn(4)
 
     group_table = _group_table(world, mode, beta)  # (countries, religions, ages, groups)
     questions, option_probs = _questions(world, num_questions, num_topics, conflict_share, tau)
@@ -165,16 +173,25 @@ def simulate_survey(
     choice = draw_options(draws, option_probs[question, group[person]])
     given = draws.random(len(person)) >= missing_answers
 
+    # Every question but the first of each topic can be held out.
+    unseen = np.zeros(num_questions, dtype=bool)
+    unseen[num_topics + choosing.permutation(max(num_questions - num_topics, 0))[:held_out_questions]] = True
+    parts = [(name, name, ~unseen) for name in splits.tolist()]
+    if held_out_questions:
+        parts.append(("held_out_questions", "held_out_people", unseen))
+
     answers, cells = {}, {}
-    for name in splits.tolist():
-        rows = np.flatnonzero(given & (split[person] == name))
+    for name, whose, asked_here in parts:
+        rows = np.flatnonzero(given & (split[person] == whose) & asked_here[question])
         answers[name] = Answers(person[rows], question[rows], profile[person[rows]], choice[rows])
         if name != "train":
-            candidates = np.flatnonzero((split == name) & complete[profile])
+            candidates = np.flatnonzero((split == whose) & complete[profile])
             _, first = np.unique(values[candidates, :3], axis=0, return_index=True)
             cell_profile, cell_question = (
                 grid.reshape(-1)
-                for grid in np.meshgrid(profile[candidates[np.sort(first)]], np.arange(num_questions), indexing="ij")
+                for grid in np.meshgrid(
+                    profile[candidates[np.sort(first)]], np.flatnonzero(asked_here), indexing="ij"
+                )
             )
             truth = np.einsum("cg,cgk->ck", group_probs[cell_profile], option_probs[cell_question])
             cells[name] = Cells(cell_question, cell_profile, truth).sample(max_cells, seed)
