@@ -62,6 +62,9 @@ class CuMAModelConfig(ModelConfig):
     cuma_router_hidden: int = field(default=256, metadata={"help": "Width of the router's hidden layers."})
     cuma_router_layers: int = field(default=2, metadata={"help": "Linear layers in the router."})
     cuma_share_a: bool = field(default=False, metadata={"help": "One A for all experts of a layer."})
+    cuma_film_hidden: int | None = field(
+        default=None, metadata={"help": "Width of an MLP on the profile that modulates the experts; None: no FiLM."}
+    )
     cuma_router_groups: list[str] | None = field(
         default=None, metadata={"help": "Sibling modules that share a router, joined by commas."}
     )
@@ -116,6 +119,7 @@ class CuMAModelConfig(ModelConfig):
             router_hidden=self.cuma_router_hidden,
             router_layers=self.cuma_router_layers,
             share_a=self.cuma_share_a,
+            film_hidden=self.cuma_film_hidden,
             router_groups=[group.split(",") for group in self.cuma_router_groups or []] or None,
             missing_demographics=self.cuma_missing_demographics,
         )

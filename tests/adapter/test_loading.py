@@ -129,10 +129,10 @@ def test_a_pickle_is_not_loaded(make_model, tmp_path) -> None:
 
 def test_a_newer_format_is_refused(saved) -> None:
     path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2, "of_the_future": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3, "of_the_future": True}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of the unknown key
-        with pytest.raises(ValueError, match="format_version=2.*newer than this trl_cuma reads.*Upgrade"):
+        with pytest.raises(ValueError, match="format_version=3.*newer than this trl_cuma reads.*Upgrade"):
             PeftModel.from_pretrained(base(), saved)
 
 

@@ -40,6 +40,24 @@ def losses_of_one_router(
     return experts * sum(load[i] * importance[i] for i in range(experts)), z_loss
 
 
+def published_loss_of_one_router(logits: torch.Tensor, mask: torch.Tensor, gate: str, top_k: int) -> torch.Tensor:
+    """
+    `E · sum_i freq_i prop_i` over all real tokens at once: freq_i, the positive gates of expert i over k · tokens, and
+    prop_i, the mean gate. Differentiable through prop_i.
+    """
+    experts, tokens = logits.shape[-1], mask.sum().item()
+    freq, prop = [0.0] * experts, [0.0] * experts
+    for row, position in mask.nonzero().tolist():
+        p = torch.exp(logits[row, position]) / torch.exp(logits[row, position]).sum()
+        chosen = sorted(range(experts), key=lambda i: -p[i].item())[:top_k]
+        values = {"softmax_topk": p, "topk_softmax": torch.exp(logits[row, position]), "double_softmax": torch.exp(p)}
+        total = 1 if gate == "softmax_topk" else sum(values[gate][i] for i in chosen)
+        for i in chosen:
+            freq[i] += 1 / (top_k * tokens)
+            prop[i] = prop[i] + values[gate][i] / total / tokens
+    return experts * sum(f * each for f, each in zip(freq, prop, strict=True))
+
+
 def rows_as_documents(mask: torch.Tensor) -> list[list[tuple[int, int]]]:
     return [[(i, j) for j in range(mask.shape[1]) if mask[i, j]] for i in range(mask.shape[0])]
 
@@ -98,11 +116,34 @@ def test_logits_that_come_once_for_a_row_or_a_batch_count_for_all_their_tokens()
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="'local' or 'ranks', got 'global'"):
-        RouterLosses(scope="global")
+    with pytest.raises(ValueError, match="'local', 'ranks', 'published', got 'global'"):
+        RouterLosses(balance="global")
     weights, _ = document_weights(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"attention mask is \(2, 3\).* input \(6, 2\)"):
         router_statistics(torch.zeros(6, 2, 4), "soft", 2, weights)
+
+
+def test_the_published_loss_reads_gates_counts_tokens_and_sums_routers() -> None:
+    """
+    Top-2 of 4 experts with certain routers: gates are 0.731 and 0.269 from the double softmax. One document of three
+    tokens chooses experts 0 and 1, one of one token 2 and 3; over tokens freq = 3/8, 3/8, 1/8, 1/8.
+    """
+    logits = torch.full((2, 3, 4), -40.0)
+    logits[0, :, 0] = logits[1, :, 2] = 40.0
+    logits[0, :, 1] = logits[1, :, 3] = -30.0
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    gates = compute_gates(logits, "double_softmax", 2)
+    values = {}
+    for balance in ("published", "local"):
+        losses = RouterLosses(mask, balance=balance)
+        for router in (nn.Identity(), nn.Identity()):
+            losses.observe(router, logits, gates, "double_softmax", 2)
+        values[balance] = losses.finish()["aux_loss"].item()
+    g = 1 / (1 + math.exp(-1))  # 0.731
+    of_one = 4 * (3 / 8 * 3 / 4 * g + 3 / 8 * 3 / 4 * (1 - g) + 1 / 8 * 1 / 4 * g + 1 / 8 * 1 / 4 * (1 - g))
+    assert of_one == pytest.approx(4 * (9 / 32 + 1 / 32))
+    assert values["published"] == pytest.approx(2 * of_one)  # the sum over two routers
+    assert values["local"] == pytest.approx(1.0)  # documents weigh the same: f = 1/4 each, P = (1/2, 0, 1/2, 0)
 
 
 # ---------------------------------------------------------------------- the gradient
@@ -170,6 +211,42 @@ def test_the_injected_gradient_is_that_of_plain_autograd(make_model, make_batch,
     model(**batch, labels=batch["input_ids"]).loss.backward()
     without = gradients(model)
     assert any((expected[name] - without[name]).abs().max() > 1e-4 for name in expected if "cuma_router" in name)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("gate", ["double_softmax", "topk_softmax", "softmax_topk"])
+def test_the_published_losss_injected_gradient_is_that_of_plain_autograd(
+    make_model, make_batch, gate: str, use_reentrant: bool | None
+) -> None:
+    model, batch = make_model(gate=gate).train(), make_batch(lengths=[6, 2, 4])
+    seen: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda module, _, logits: seen.__setitem__(module, logits))
+        for module in model.modules()
+        if isinstance(module, CuMARouter)
+    ]
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    for hook in hooks:
+        hook.remove()
+    expected = sum(published_loss_of_one_router(z, batch["attention_mask"], gate, 2) for z in seen.values())
+    (loss + 0.2 * expected).backward()
+    gradients_expected = gradients(model)
+
+    model.zero_grad()
+    if use_reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    outputs = model(**batch, labels=batch["input_ids"], output_router_losses="published")
+    (outputs.loss + 0.2 * outputs["aux_loss"]).backward()
+    assert outputs["aux_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients(model), gradients_expected)
+
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    without = gradients(model)
+    assert any(
+        (each - without[name]).abs().max() > 1e-4 for name, each in gradients_expected.items() if "cuma_router" in name
+    )
 
 
 def test_nothing_is_injected_where_the_router_losses_are_not_added(make_model, make_batch) -> None:
@@ -326,7 +403,7 @@ routers = [torch.nn.Linear(5, 4) for _ in range(2)]
 for router, state in zip(routers, data["routers"]):
     router.load_state_dict(state)
 rows = slice(None) if rank < 0 else slice(2 * rank, 2 * rank + 2)
-losses = RouterLosses(data["mask"][rows], scope="ranks")
+losses = RouterLosses(data["mask"][rows], balance="ranks")
 task = 0
 for router in routers:
     logits = router(data["x"][rows])

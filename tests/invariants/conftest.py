@@ -15,13 +15,14 @@ import torch
 LINEAR = {"target_modules": "all-linear"}
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
-# On Qwen3: what a router can read, each gate, and each kind of sharing.
+# On Qwen3: what a router can read, each gate, each kind of sharing, and FiLM.
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": LINEAR | {"demographic_projection": 3},
     "demographic": LINEAR | {"routing": "demographic", "gate": "softmax_topk"},
     "semantic": LINEAR | {"routing": "semantic", "gate": "double_softmax"},
     "groups": LINEAR | {"router_groups": [ATTENTION, ["gate_proj", "up_proj"]], "share_a": True},
     "soft": LINEAR | {"gate": "soft", "share_a": True, "demographic_projection": 3},
+    "film": LINEAR | {"film_hidden": 5, "demographic_projection": 3},
 }
 # Gemma and BLOOM: their tied embeddings repeat the last token unless the adapter speaks louder than on the others.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

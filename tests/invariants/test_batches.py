@@ -52,7 +52,7 @@ def test_the_side_of_the_padding_does_not_matter(make_model, make_batch, case, l
 
 @pytest.mark.parametrize(
     "case",
-    [f"qwen3-{name}" for name in ("joint", "demographic", "semantic", "groups", "soft")]
+    [f"qwen3-{name}" for name in ("joint", "demographic", "semantic", "groups", "soft", "film")]
     + ["llama", "mistral", "gemma", "phi"],  # the others do not tell documents apart by `position_ids`
     indirect=True,
 )

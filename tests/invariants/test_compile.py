@@ -61,7 +61,8 @@ def test_training_compiles_to_one_graph_for_everyone(make_model, make_batch, cas
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    ["qwen3-demographic", "qwen3-semantic", "qwen3-soft", "llama", "mistral", "gemma", "phi", "gpt2", "opt", "bloom"],
+    [f"qwen3-{name}" for name in ("demographic", "semantic", "soft", "film")]
+    + ["llama", "mistral", "gemma", "phi", "gpt2", "opt", "bloom"],
     indirect=True,
 )
 def test_the_other_cases_compile_to_one_graph(make_model, make_batch, case) -> None:

@@ -151,6 +151,43 @@ def test_weights_of_the_router_losses(make_sft):
     assert losses(weighted)[0] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_published_balance_loss_is_the_sum_over_routers_of_gates(make_sft):
+    """Certain routers choose experts 0 and 1, at gates 0.731 and 0.269: 4 · (1/2 · 0.731 + 1/2 · 0.269) = 2 each."""
+    plain, weighted = (
+        make_sft(adapter={"gate": "double_softmax"}, cuma_aux_loss_type="published", cuma_aux_loss_coef=coefficient)
+        for coefficient in (0.0, 0.5)
+    )
+    for trainer in (plain, weighted):
+        collapse(trainer, [99.0, 9.0, -9.0, -9.0])
+        trainer.train()
+    record = weighted.state.log_history[0]
+    assert record["aux_loss"] == pytest.approx(2.0 * 4, abs=1e-4)  # four routers
+    assert losses(weighted)[0] == pytest.approx(losses(plain)[0] + 0.5 * record["aux_loss"], abs=1e-4)
+
+
+def test_a_lora_with_film_trains_without_routers(make_sft, sft_data, trainable):
+    trainer = make_sft(
+        adapter={"film_hidden": 4, "num_experts": 1, "top_k": 1, "routing": "demographic"},
+        eval_dataset=sft_data(4),
+        max_steps=3,
+    )
+    before = trainable(trainer)
+    trainer.train()
+    changed = [name for name, value in trainable(trainer).items() if not torch.equal(value, before[name])]
+    assert sorted(changed) == sorted(before) and any("cuma_film" in name for name in changed)
+    assert not [key for record in trainer.state.log_history for key in record if "aux" in key or "router" in key]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def collapse(trainer, bias: list[float]) -> None:
+    """All tokens to the experts with the largest biases."""
+    with torch.no_grad():
+        for module in trainer.model.modules():
+            if isinstance(module, CuMARouter):
+                module.rest[-1].weight.zero_()
+                module.rest[-1].bias.copy_(torch.tensor(bias))
+
+
 def test_accumulation_does_not_double_the_router_loss(make_sft, sft_data, aux_gradient):
     def data():
         rows = sft_data(2).to_list()
@@ -199,11 +236,7 @@ def test_metrics_stay_on_the_device_until_log(make_sft):
 
 def test_a_collapsed_router_shows(make_sft):
     trainer = make_sft()
-    with torch.no_grad():
-        for module in trainer.model.modules():
-            if isinstance(module, CuMARouter):  # all tokens to experts 0 and 1
-                module.rest[-1].weight.zero_()
-                module.rest[-1].bias.copy_(torch.tensor([9.0, 9.0, -9.0, -9.0]))
+    collapse(trainer, [9.0, 9.0, -9.0, -9.0])
     trainer.train()
     record = trainer.state.log_history[0]
     assert record["router/dead_experts"] == 2 * 4  # two of each of four routers
@@ -238,6 +271,11 @@ def test_dropout_zeroes_training_rows_only(make_sft, sft_data):
         ({"cuma_aux_loss_coef": -1.0}, "`cuma_aux_loss_coef` must be 0 or more, got -1.0"),
         ({"cuma_z_loss_coef": float("nan")}, "`cuma_z_loss_coef` must be 0 or more, got nan"),
         ({"cuma_aux_loss_scope": "world"}, "`cuma_aux_loss_scope` must be 'local' or 'ranks', got 'world'"),
+        ({"cuma_aux_loss_type": "soft"}, "`cuma_aux_loss_type` must be 'switch' or 'published', got 'soft'"),
+        (
+            {"cuma_aux_loss_type": "published", "cuma_aux_loss_scope": "ranks"},
+            "`cuma_aux_loss_scope='ranks'` with `cuma_aux_loss_type='published'`",
+        ),
     ],
 )
 def test_config_values(fields, message, arguments):

@@ -77,8 +77,8 @@ def describe(config: CuMAConfig) -> str:
     """The card's text. Of the demographics it tells the fields, and of no person or group."""
     parts = [
         "# A CuMA adapter",
-        "A Cultural Mixture of Adapters ([arXiv 2601.04885](https://arxiv.org/abs/2601.04885)): LoRA experts mixed by "
-        f"a router that reads {_ROUTERS[config.routing]}. Made with trl_cuma.",
+        "A Cultural Mixture of Adapters ([arXiv 2601.04885](https://arxiv.org/abs/2601.04885)): "
+        f"{_method(config)}. Made with trl_cuma.",
         "## Use",
         USE.format(
             base=public_name(config.base_model_name_or_path) or "ITS_BASE_MODEL", profile=_profile_lines(config)
@@ -105,6 +105,14 @@ _ROUTERS = {
 }
 
 
+def _method(config: CuMAConfig) -> str:
+    router = f"LoRA experts mixed by a router that reads {_ROUTERS[config.routing]}"
+    if config.film_hidden is None:
+        return router
+    film = "whose low-rank activations the profile scales and shifts (FiLM)"
+    return f"{router}, {film}" if config.has_routers else f"a LoRA {film}"
+
+
 def _profile_lines(config: CuMAConfig) -> str:
     state = config.demographic_encoder
     if config.routing == "semantic":
@@ -117,8 +125,8 @@ def _profile_lines(config: CuMAConfig) -> str:
 
 def _settings(config: CuMAConfig) -> dict[str, Any]:
     names = ("r", "lora_alpha", "use_rslora", "lora_dropout", "num_experts", "top_k", "gate", "routing", "share_a")
-    names += ("router_hidden", "router_layers", "router_groups", "demographic_dim", "demographic_projection")
-    names += ("missing_demographics", "target_modules", "base_model_type", "format_version")
+    names += ("film_hidden", "router_hidden", "router_layers", "router_groups", "demographic_dim")
+    names += ("demographic_projection", "missing_demographics", "target_modules", "base_model_type", "format_version")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import CuMAConfig, check_positive
 from .experts import CuMAExperts
+from .film import FiLM
 from .layer import CuMALinear, router_features
 from .model import demographic_projection
 from .router import CuMARouter
@@ -37,8 +38,8 @@ def grow_experts(
 
     Raises:
         ValueError: if `num_experts` is not a multiple (2 or more) of the present number, if the gate is
-            `"double_softmax"`, whose gates are not m equal parts, if `perturbation` is not positive, or if the adapter
-            is untrained.
+            `"double_softmax"`, whose gates are not m equal parts, if `perturbation` is not positive, if the adapter is
+            untrained, or if it has no routers (one expert, with FiLM).
     """
     config, layers = _adapter(model, adapter_name)
     check_positive("num_experts", num_experts)
@@ -47,6 +48,11 @@ def grow_experts(
         raise ValueError(
             f"`num_experts={num_experts}` must be 2, 3, … times the adapter's {config.num_experts}: each expert gets "
             "the same number of copies."
+        )
+    if not config.has_routers:
+        raise ValueError(
+            f"An adapter with `num_experts=1` and `film_hidden={config.film_hidden}` has no router, so it can't grow. "
+            f"Make a new one with `num_experts={num_experts}`."
         )
     if config.gate == "double_softmax":
         raise ValueError(
@@ -64,6 +70,13 @@ def grow_experts(
     config = _own_config(model, adapter_name, layers)
     for each in experts:
         _grow(each, factor, perturbation)
+    for film in _films(layers, adapter_name):
+        by_expert = (2, film.num_experts, film.r)
+        for name, parameter in list(film.last.named_parameters()):
+            copies = parameter.data.unflatten(0, by_expert).repeat_interleave(factor, 1)
+            _replace(film.last, name, copies.flatten(0, 2))
+        film.num_experts *= factor
+        film.last.out_features *= factor
     for router in _routers(layers, adapter_name):
         owner = router.rest[-1] if router.rest else router  # a linear router has but its first layer
         for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -73,7 +86,7 @@ def grow_experts(
 
 def reset_router(model: PeftModel, *, adapter_name: str = "default", demographic_dim: int | None = None) -> None:
     """
-    Start an adapter's routers (and its demographic projection) anew, and keep its experts: the way to another
+    Start an adapter's routers (and its demographic projection and FiLM) anew, and keep its experts: the way to another
     demographic encoder, whose vectors the trained routers can't read. The configuration forgets the old encoder.
 
     Do it before a trainer or an optimiser is made: the parameters are new.
@@ -92,6 +105,8 @@ def reset_router(model: PeftModel, *, adapter_name: str = "default", demographic
     config.demographic_encoder = None
     for router in _routers(layers, adapter_name):
         router.reset(router_features(config))
+    for film in _films(layers, adapter_name):
+        film.reset(router_features(config))
     old = model.base_model.cuma_demographic[adapter_name] if config.demographic_projection else None
     if old is not None:
         new = demographic_projection(config).to(old.weight)
@@ -117,7 +132,13 @@ def _own_config(model: PeftModel, adapter_name: str, layers: list[CuMALinear]) -
 
 def _routers(layers: list[CuMALinear], adapter_name: str) -> list[CuMARouter]:
     """Each router once, also where a group of layers shares it, in the layers' order."""
-    return list(dict.fromkeys(layer.shared_router[adapter_name] for layer in layers))
+    return list(
+        dict.fromkeys(layer.shared_router[adapter_name] for layer in layers if adapter_name in layer.shared_router)
+    )
+
+
+def _films(layers: list[CuMALinear], adapter_name: str) -> list[FiLM]:
+    return [layer.cuma_film[adapter_name] for layer in layers if adapter_name in layer.cuma_film]
 
 
 def _grow(experts: CuMAExperts, factor: int, perturbation: float) -> None:

@@ -14,7 +14,7 @@ from .card import write_card
 from .peft_type import CUMA
 from .router import GATES, check_gate
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; 2 brought `film_hidden`
 DEFAULT_DEMOGRAPHIC_DIM = 1024  # the paper's Qwen3-Embedding-0.6B
 
 
@@ -26,6 +26,7 @@ class CuMAConfig(PeftConfig):
     answer is for.
 
     For one layer, `y = W0 x + s · sum_i g_i(x, d) · B_i A_i x` with `g = gate(router(x, d))` and `s = lora_alpha / r`.
+    With `film_hidden`, `(1 + γ_i(d)) ⊙ A_i x + β_i(d)` stands in place of `A_i x`.
 
     Args:
         target_modules (`list[str]` or `str`, *optional*): names of the linear layers to adapt, a regular expression,
@@ -49,6 +50,10 @@ class CuMAConfig(PeftConfig):
         router_hidden (`int`): width of the router's hidden layers.
         router_layers (`int`): linear layers in the router, with ReLU between them; 1 is a linear router.
         share_a (`bool`): one A for all experts of a layer (as HydraLoRA) instead of one each.
+        film_hidden (`int`, *optional*): width of an MLP on the profile that scales and shifts the experts' low-rank
+            activations (FiLM, arXiv 1709.07871): each layer has one, of two linear layers, with a γ_i and a β_i for
+            each expert, also where A is shared. With `num_experts=1` it is a LoRA with FiLM and has no router.
+            `None`: no FiLM.
         router_groups (`list[list[str]]`, *optional*): names of sibling modules that read the same input and share one
             router, e.g. `[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]`. By default each target module
             has its own router, as published.
@@ -63,7 +68,7 @@ class CuMAConfig(PeftConfig):
             it is loaded.
         training (`list[dict]`, *optional*): what the adapter was trained on, one entry per run; written by the
             trainers, for the model card.
-        format_version (`int`): version of the saved adapter's format.
+        format_version (`int`): version of the saved adapter's format: the first that can hold what it has.
 
     Raises:
         ValueError: on a value outside its range; the message names the field, the value and what to do.
@@ -94,6 +99,9 @@ class CuMAConfig(PeftConfig):
     router_hidden: int = field(default=256, metadata={"help": "Width of the router's hidden layers."})
     router_layers: int = field(default=2, metadata={"help": "Linear layers in the router."})
     share_a: bool = field(default=False, metadata={"help": "One A for all experts of a layer."})
+    film_hidden: int | None = field(
+        default=None, metadata={"help": "Width of an MLP on the profile that modulates the experts; None: no FiLM."}
+    )
     router_groups: list[list[str]] | None = field(
         default=None, metadata={"help": "Groups of sibling modules that share one router."}
     )
@@ -116,11 +124,16 @@ class CuMAConfig(PeftConfig):
     training: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "What the adapter was trained on, written by the trainers."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
+    format_version: int = field(default=1, metadata={"help": "Version of the saved format."})
 
     # Where the configuration was loaded from, as arguments of `hf_hub_download`, until the adapter's weights are, too.
     # Not a field: it isn't saved.
     source = None
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether there is anything to route. (One expert without FiLM has a router, too, that decides nothing.)"""
+        return self.film_hidden is None or self.num_experts > 1
 
     @property
     def experts_per_token(self) -> int:
@@ -151,7 +164,7 @@ class CuMAConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         for name in ("r", "num_experts", "top_k", "router_hidden", "router_layers"):
             check_positive(name, getattr(self, name))
-        for name in ("demographic_dim", "demographic_projection"):
+        for name in ("demographic_dim", "demographic_projection", "film_hidden"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -170,6 +183,11 @@ class CuMAConfig(PeftConfig):
                 f"`demographic_projection={self.demographic_projection}` has no effect with `routing='semantic'`, "
                 "whose router reads no profile. Leave it unset, or use `routing='joint'`."
             )
+        if self.routing == "semantic" and self.film_hidden is not None:
+            raise ValueError(
+                f"`film_hidden={self.film_hidden}` reads profiles, and with `routing='semantic'` the adapter gets "
+                "none. Leave it unset, or use `routing='demographic'` or `'joint'`."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: set both, or neither.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -186,6 +204,8 @@ class CuMAConfig(PeftConfig):
                 f"`format_version={self.format_version}` is newer than this trl_cuma reads ({FORMAT_VERSION}). "
                 "Upgrade trl_cuma to load this adapter."
             )
+        if self.film_hidden is not None:
+            self.format_version = FORMAT_VERSION  # so that a trl_cuma that doesn't know it says so
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -13,12 +13,14 @@ from .fused import (
     MixByRow,
     MixByToken,
     MixChosenByRow,
+    add_delta,
     add_product,
     call,
     chosen_factors,
     compute_dtype,
     mixed_b,
 )
+from .router import ProjectHidden
 
 # By `share_a`: the tokens of a row from which a low-rank product of its own is cheaper than all experts. Its factors
 # have to be made first, and with separate A be copied. Measured on a CPU, at widths of 512.
@@ -58,6 +60,7 @@ class CuMAExperts(nn.Module):
         top_k: int,
         scaling: float = 1.0,
         in_place: bool = False,
+        film: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         `base + scaling · sum_i g_i B_i A_i x`, by the cheapest way for these shapes. The arithmetic is done in the
@@ -70,12 +73,16 @@ class CuMAExperts(nn.Module):
             top_k (`int`): how many of a token's gates are not zero, at most.
             scaling (`float`): a factor on the experts' part.
             in_place (`bool`): whether the result may be written into `base`.
+            film (`torch.Tensor`, *optional*): `(..., 2 · experts · r)`, broadcasts as the gates do: γ and β, by expert
+                and rank; then `(1 + γ_i) ⊙ A_i x + β_i` stands in place of `A_i x`.
 
         Returns:
             `torch.Tensor`: `(..., out_features)`, in base's dtype.
         """
         a, b = self.weight_a, self.weight_b
         dtype = compute_dtype(x, a)
+        if film is not None:
+            return self._modulated(x, gates, base, scaling, in_place, film)
         if x.dim() == gates.dim() == 3 and gates.shape[1] == 1:
             one = len(gates) != len(x)  # one gate vector for all rows: they are one long row
             tokens = x.shape[0] * x.shape[1] if one else x.shape[1]
@@ -90,6 +97,25 @@ class CuMAExperts(nn.Module):
         if can_sort(x, a, b, self.num_experts, top_k, dtype):
             return call(MixSorted, base, x, a, b, gates, top_k, scaling, dtype, in_place)
         return call(MixByToken, base, x, a, b, gates, scaling, dtype, in_place)
+
+    def _modulated(
+        self,
+        x: torch.Tensor,
+        gates: torch.Tensor,
+        base: torch.Tensor,
+        scaling: float,
+        in_place: bool,
+        film: torch.Tensor,
+    ) -> torch.Tensor:
+        """All experts of each token, with FiLM; left to autograd."""
+        dtype = compute_dtype(x, self.weight_a)
+        gamma, beta = film.unflatten(-1, (2, self.num_experts, self.r)).unbind(-3)
+        z = call(ProjectHidden, x, self.weight_a, dtype).to(dtype).unflatten(-1, (-1, self.r))
+        z = z * (1 + gamma).to(dtype) + beta.to(dtype)
+        u = z * (gates * scaling).to(dtype).unsqueeze(-1)
+        delta = u.flatten(-2) @ self.weight_b.to(dtype).t()
+        # In place it would go past base's graph.
+        return add_delta(base, delta, in_place and not torch.is_grad_enabled())
 
     def product(self, gates: torch.Tensor, top_k: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor] | None:
         """

@@ -16,14 +16,15 @@ from torch.distributed.tensor import DTensor
 from .conditioning import Conditioning, ConditioningStack
 from .config import CuMAConfig
 from .experts import CuMAExperts
-from .router import CuMARouter, compute_gates
+from .film import FiLM
+from .router import CuMARouter, at_least_float32, compute_gates
 
 
 class CuMALayer(BaseTunerLayer):
     """What PEFT needs to know of a CuMA layer: where its adapters live."""
 
     # nn.ModuleDict keyed by adapter name: every parameter's path holds ".<adapter>.", as TRL's reference copy needs.
-    adapter_layer_names = ("cuma_experts", "cuma_router")
+    adapter_layer_names = ("cuma_experts", "cuma_router", "cuma_film")
     other_param_names = ("r", "scaling", "cuma_dropout", "config", "shared_router")
 
 
@@ -47,6 +48,7 @@ class CuMALinear(nn.Module, CuMALayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.cuma_experts = nn.ModuleDict()
         self.cuma_router = nn.ModuleDict()
+        self.cuma_film = nn.ModuleDict()
         self.cuma_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -68,7 +70,11 @@ class CuMALinear(nn.Module, CuMALayer):
         self.cuma_experts[adapter_name] = CuMAExperts(
             self.in_features, self.out_features, r, config.num_experts, config.share_a, config.init_weights
         )
-        if leader is None:
+        if config.film_hidden is not None:
+            self.cuma_film[adapter_name] = FiLM(
+                router_features(config), config.film_hidden, config.num_experts, r, config.init_weights
+            )
+        if config.has_routers and leader is None:
             self.cuma_router[adapter_name] = CuMARouter(
                 in_features=0 if config.routing == "demographic" else self.in_features,
                 demographic_features=router_features(config),
@@ -76,7 +82,8 @@ class CuMALinear(nn.Module, CuMALayer):
                 hidden=config.router_hidden,
                 layers=config.router_layers,
             )
-        self.shared_router[adapter_name] = (leader or self).cuma_router[adapter_name]
+        if config.has_routers:
+            self.shared_router[adapter_name] = (leader or self).cuma_router[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -103,13 +110,15 @@ class CuMALinear(nn.Module, CuMALayer):
                 conditioning.repeats(len(prepared[experts][1]), len(x))  # or it says what doesn't fit
                 result = experts.add_product(value, result, prepared[experts], in_place)
             else:
-                top_k = self.config[name].experts_per_token
-                result = experts(value, self.gates(name, x), result, top_k, self.scaling[name], in_place)
+                top_k, film = self.config[name].experts_per_token, self.film(name, x)
+                result = experts(value, self.gates(name, x), result, top_k, self.scaling[name], in_place, film)
         return result
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Gates `(..., experts)` for the layer's input `x` `(..., in_features)`, under the running call's profiles."""
-        config, router = self.config[adapter_name], self.shared_router[adapter_name]
+        config, router = self.config[adapter_name], self.shared_router.get(adapter_name)
+        if router is None:
+            return torch.ones((1,) * x.dim(), dtype=at_least_float32(x.dtype), device=x.device)
         conditioning = self._conditioning.current
         if conditioning is not None and conditioning.last_gates is not None:
             last_router, last_x, gates = conditioning.last_gates
@@ -119,44 +128,61 @@ class CuMALinear(nn.Module, CuMALayer):
         hidden = _as_batch_seq(x, batch_shape)
         if config.routing == "semantic":
             logits = router(hidden, None)
-        elif conditioning is None or adapter_name not in conditioning.profiles:
-            raise ValueError(
-                "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one "
-                "row per sample) to the model's `forward` or `generate`, train with a CuMA trainer and a "
-                "`demographic` column, or set `missing_demographics='zero'` in CuMAConfig to mean the average profile."
-            )
         else:
             logits = router(
                 hidden,
-                conditioning.profiles[adapter_name],
+                self._profiles(adapter_name),
                 gather=lambda part: conditioning.gather(part, hidden),
                 profile_part=conditioning.prepared_now.get(router),
             )
         gates = compute_gates(logits, config.gate, config.top_k)
         if conditioning is not None and conditioning.losses is not None:
             gates = conditioning.losses.observe(router, logits, gates, config.gate, config.top_k)
-        if x.dim() != 3:  # back to the input's own leading dimensions
-            gates = gates.expand(*hidden.shape[:2], -1).reshape(*x.shape[:-1], -1)
+        gates = _as_input(gates, hidden, x)
         if conditioning is not None:
             conditioning.last_gates = (router, x, gates)
         return gates
+
+    def film(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """γ and β for the layer's input, `(..., 2 · experts · r)`, broadcasting as the gates; `None` without FiLM."""
+        if adapter_name not in self.cuma_film:
+            return None
+        profiles, conditioning, film = self._profiles(adapter_name), self._conditioning.current, self.cuma_film
+        part = conditioning.prepared_now.get(film[adapter_name])
+        hidden = _as_batch_seq(x, conditioning.batch_shape)
+        part = conditioning.gather(film[adapter_name](profiles) if part is None else part, hidden)
+        return _as_input(part, hidden, x)
+
+    def _profiles(self, adapter_name: str) -> torch.Tensor:
+        conditioning = self._conditioning.current
+        if conditioning is None or adapter_name not in conditioning.profiles:
+            raise ValueError(
+                "CuMA got no demographic profile: `demographic_embeds` is missing. Pass `demographic_embeds=` (one "
+                "row per sample) to the model's `forward` or `generate`, train with a CuMA trainer and a "
+                "`demographic` column, or set `missing_demographics='zero'` in CuMAConfig to mean the average profile."
+            )
+        return conditioning.profiles[adapter_name]
 
     @torch.no_grad()
     def prepare(self, conditioning: Conditioning) -> None:
         """
         Before decoding, compute what the profiles alone decide, once per generation instead of once per token: the
-        router's part of them, and with `routing="demographic"` the low-rank product that the experts collapse to.
+        router's part of them, FiLM, and with `routing="demographic"` the low-rank product that experts without FiLM
+        collapse to.
         Weights that change after that are seen by the next generation.
         """
         for name in self.active_adapters:
             if name not in self.cuma_experts or name not in conditioning.profiles:
                 continue
-            config, router, experts = self.config[name], self.shared_router[name], self.cuma_experts[name]
-            if not (_is_whole(router) and _is_whole(experts)):
+            config, router, experts = self.config[name], self.shared_router.get(name), self.cuma_experts[name]
+            film = self.cuma_film[name] if name in self.cuma_film else None
+            if not all(_is_whole(module) for module in (router, experts, film) if module is not None):
                 continue
-            if router not in conditioning.prepared:
+            if film is not None:
+                conditioning.prepared[film] = film(conditioning.profiles[name])
+            if router is not None and router not in conditioning.prepared:
                 conditioning.prepared[router] = router.profile_part(conditioning.profiles[name])
-            if config.routing == "demographic":
+            if config.routing == "demographic" and film is None:
                 gates = compute_gates(conditioning.prepared[router], config.gate, config.top_k)
                 product = experts.product(gates, config.experts_per_token, self.scaling[name])
                 if product is not None:
@@ -187,6 +213,11 @@ def _is_whole(module: nn.Module) -> bool:
         parameter.numel() and not parameter.is_meta and not isinstance(parameter, DTensor)
         for parameter in module.parameters()
     )
+
+
+def _as_input(values: torch.Tensor, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What broadcasts with `hidden` `(batch, seq, in_features)`, for the `x` that it was made of."""
+    return values if x.dim() == 3 else values.expand(*hidden.shape[:2], -1).reshape(*x.shape[:-1], -1)
 
 
 def _as_batch_seq(x: torch.Tensor, batch_shape: tuple[int, int] | None) -> torch.Tensor:

@@ -19,6 +19,8 @@ from torch import nn
 
 from .router import choose_experts
 
+BALANCE = ("local", "ranks", "published")
+
 
 def document_weights(
     attention_mask: torch.Tensor, document_starts: torch.Tensor | None = None
@@ -65,13 +67,17 @@ class RouterStatistics:
     """Means over tokens of one router's output, under token weights that sum to 1."""
 
     load: torch.Tensor  # (experts,) f, detached
-    importance: torch.Tensor  # (experts,) P
+    importance: torch.Tensor  # (experts,) P, the mean probabilities; the mean gates for the published balance loss
     z_loss: torch.Tensor  # () mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)
     entropy: torch.Tensor  # () mean entropy of the router's probabilities, nats, detached
 
 
 def router_statistics(
-    logits: torch.Tensor, gate: str, top_k: int, weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    gate: str,
+    top_k: int,
+    weights: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
 ) -> RouterStatistics:
     """
     Args:
@@ -79,6 +85,8 @@ def router_statistics(
             of a row, have the same logits.
         gate (`str`), top_k (`int`): as in `CuMAConfig`.
         weights (`torch.Tensor`, *optional*): `(batch, seq)`, sums to 1; uniform by default.
+        gates (`torch.Tensor`, *optional*): as the logits: what the importance is the mean of, in place of the
+            router's probabilities.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     batch, seq, _ = logits.shape
@@ -98,9 +106,8 @@ def router_statistics(
     with torch.no_grad():
         load = (expert_shares(logits, gate, top_k) * weights).sum((0, 1))
         entropy = -(probabilities * (logits - log_normaliser) * weights).sum()
-    return RouterStatistics(
-        load, (probabilities * weights).sum((0, 1)), (log_normaliser.square() * weights).sum(), entropy
-    )
+    importance = ((probabilities if gates is None else gates) * weights).sum((0, 1))
+    return RouterStatistics(load, importance, (log_normaliser.square() * weights).sum(), entropy)
 
 
 def expert_shares(logits: torch.Tensor, gate: str, top_k: int) -> torch.Tensor:
@@ -122,23 +129,29 @@ class RouterLosses:
 
     Args:
         attention_mask, document_starts: see [`document_weights`]; without a mask all tokens count alike.
-        scope (`str`): whose load enters the loss: `"local"`, this process's micro-batch, or `"ranks"`, that of all
-            processes (one all-reduce, in [`finish`], never inside a checkpointed layer).
+        balance (`str`): the balance loss, and whose load it reads: `"local"`, this process's micro-batch, or
+            `"ranks"`, that of all processes (one all-reduce, in [`finish`], never inside a checkpointed layer), with
+            the mean over routers. `"published"` is what the paper's published code computes, for comparison, on the
+            micro-batch: its P_i is the mean *gate*, all real tokens weigh the same, and it is the *sum* over routers.
+            (With `gate="soft"` theirs is a constant; don't use it there.)
     """
 
     def __init__(
         self,
         attention_mask: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
-        scope: str = "local",
+        balance: str = "local",
     ) -> None:
-        if scope not in ("local", "ranks"):
-            raise ValueError(f"The scope of the router losses must be 'local' or 'ranks', got {scope!r}.")
-        self.scope = scope
+        if balance not in BALANCE:
+            raise ValueError(f"The balance loss must be one of {', '.join(map(repr, BALANCE))}, got {balance!r}.")
+        self.balance = balance
         self.weights: torch.Tensor | None = None
         self.documents: torch.Tensor | None = None
         if attention_mask is not None:
             self.weights, self.documents = document_weights(attention_mask, document_starts)
+            if balance == "published":
+                mask = attention_mask.ne(0).float()
+                self.weights = mask / mask.sum().clamp(min=1)
         self._records: dict[nn.Module, list[RouterStatistics]] = {}
         self._load: dict[nn.Module, torch.Tensor] = {}
         self._scale: dict[str, torch.Tensor] = {}
@@ -152,7 +165,7 @@ class RouterLosses:
         """Take in one router's logits; returns `gates` unchanged, with the losses' gradient attached."""
         if torch.compiler.is_compiling() and not self.checkpointed:
             # In one graph with the loss, whose gradient needs no detour.
-            self._records.setdefault(router, []).append(router_statistics(logits, gate, top_k, self.weights))
+            self._records.setdefault(router, []).append(self._statistics(logits, gates, gate, top_k))
             return gates
         return self._inject(router, logits, gates, gate, top_k)
 
@@ -161,7 +174,7 @@ class RouterLosses:
         self, router: nn.Module, logits: torch.Tensor, gates: torch.Tensor, gate: str, top_k: int
     ) -> torch.Tensor:
         self._injected = True
-        statistics = router_statistics(logits, gate, top_k, self.weights)
+        statistics = self._statistics(logits, gates, gate, top_k)
         if self._collecting:
             detached = (
                 statistics.load,
@@ -172,20 +185,27 @@ class RouterLosses:
             self._records.setdefault(router, []).append(RouterStatistics(*detached))
         return _InjectGradient.apply(gates, statistics.importance, statistics.z_loss, self, router)
 
+    def _statistics(self, logits: torch.Tensor, gates: torch.Tensor, gate: str, top_k: int) -> RouterStatistics:
+        read = gates if self.balance == "published" else None
+        return router_statistics(logits, gate, top_k, self.weights, read)
+
     def gradients(self, router: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of the scaled losses with respect to one call's `importance` and `z_loss`."""
-        share = 1 / (len(self._records) * len(self._records[router]))
+        of_call = 1 / len(self._records[router])
+        share = of_call / len(self._records)
         aux, z = self._scale.get("aux_loss"), self._scale.get("z_loss")
         load = self._load[router]
-        return (None if aux is None else aux * load.shape[-1] * load * share), (None if z is None else z * share)
+        aux_share = of_call if self.balance == "published" else share
+        return (None if aux is None else aux * load.shape[-1] * load * aux_share), (None if z is None else z * share)
 
     def finish(self) -> dict[str, Any]:
         """
         End the forward.
 
         Returns:
-            `{"aux_loss", "z_loss", "router_load", "router_entropy"}`: two 0-d losses (means over routers), the load
-            `(routers, experts)` and the mean entropy (nats) of the router probabilities. Empty without routers.
+            `{"aux_loss", "z_loss", "router_load", "router_entropy"}`: two 0-d losses (means over routers; the
+            published balance loss is their sum), the load `(routers, experts)` and the mean entropy (nats) of the
+            router probabilities. Empty without routers.
         """
         self._collecting = False
         if not self._records:
@@ -198,10 +218,14 @@ class RouterLosses:
             return torch.stack([torch.stack(calls).mean(0) for calls in each])
 
         load = mean("load")
-        if self.scope == "ranks":
+        if self.balance == "ranks":
             load = self._mean_over_ranks(load)
         self._load = dict(zip(self._records, load.unbind(), strict=True))
-        values = {"aux_loss": load_balancing_loss(load, mean("importance")).mean(), "z_loss": mean("z_loss").mean()}
+        each = load_balancing_loss(load, mean("importance"))
+        values = {
+            "aux_loss": each.sum() if self.balance == "published" else each.mean(),
+            "z_loss": mean("z_loss").mean(),
+        }
         if self._injected and torch.is_grad_enabled():
             values = {name: value + self._probe(name, value) for name, value in values.items()}
         return {**values, "router_load": load, "router_entropy": mean("entropy").mean()}

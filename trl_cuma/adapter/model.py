@@ -42,12 +42,13 @@ class CuMAModel(BaseTuner):
             prompt); with `demographic_ids`, `(profiles, demographic_dim)`.
         demographic_ids (`torch.Tensor`, *optional*, `forward` only): `(rows, seq)` for packed rows: each token's row
             of `demographic_embeds`; negative for padding.
-        output_router_losses (`str`, *optional*, `forward` only): `"local"` or `"ranks"`: puts `aux_loss`, `z_loss`,
-            `router_load` and `router_entropy` into the output, as keys. Add the first two, times a coefficient, to
-            the loss; their gradients reach the routers under every checkpointing mode.
+        output_router_losses (`str`, *optional*, `forward` only): `"local"`, `"ranks"` or `"published"`, see
+            [`~trl_cuma.adapter.losses.RouterLosses`]: puts `aux_loss`, `z_loss`, `router_load` and `router_entropy`
+            into the output, as keys (none without routers). Add the first two, times a coefficient, to the loss; their
+            gradients reach the routers under every checkpointing mode.
         output_routing_by_profile (`bool`, *optional*, `forward` only): puts into the output, instead, `router_load`
-            `(profiles, routers, experts)` and `router_entropy` `(profiles, routers)`: means over the tokens of each
-            row of `demographic_embeds`. For evaluation: they have no gradient.
+            and `router_gate` `(profiles, routers, experts)` and `router_entropy` `(profiles, routers)`: means over the
+            tokens of each row of `demographic_embeds`. For evaluation: they have no gradient.
 
     Raises:
         ValueError: if a profile is missing (unless `missing_demographics="zero"`) or the wrong number of rows, or a
@@ -164,7 +165,7 @@ class CuMAModel(BaseTuner):
             )
         embeds = kwargs.pop("demographic_embeds", None)
         ids = kwargs.pop("demographic_ids", None)
-        scope = kwargs.pop("output_router_losses", None)
+        balance = kwargs.pop("output_router_losses", None)
         by_profile = kwargs.pop("output_routing_by_profile", False)
         inherited = self._conditioning.current
         if inherited is not None and not inherited.expand:
@@ -186,9 +187,9 @@ class CuMAModel(BaseTuner):
         elif mask is None and batch_shape is not None:
             mask = tokens.new_ones(batch_shape)
         losses = None
-        if scope is not None:
+        if balance is not None:
             starts = None if ids is None else _document_starts(ids, kwargs.get("position_ids"))
-            losses = RouterLosses(mask, starts, scope)
+            losses = RouterLosses(mask, starts, balance)
         elif by_profile:
             losses = RoutingByProfile(mask, ids)
         conditioning = self._condition(embeds, ids=ids, batch_shape=batch_shape, losses=losses)

@@ -105,7 +105,7 @@ class CuMARouter(nn.Module):
         )
         self.bias = nn.Parameter(torch.empty(width))
         sizes = [hidden] * (layers - 1) + [num_experts]
-        linears = [_Float32Linear(hidden, size) for size in sizes[1:]]
+        linears = [Float32Linear(hidden, size) for size in sizes[1:]]
         self.rest = nn.Sequential(*(module for linear in linears for module in (nn.ReLU(inplace=True), linear)))
         self._reset_first_layer()
 
@@ -137,7 +137,7 @@ class CuMARouter(nn.Module):
         """
         dtype = at_least_float32(self.bias.dtype)
         demographic = demographic.to(self.bias.device, dtype)
-        with _without_autocast(demographic):
+        with without_autocast(demographic):
             part = F.linear(demographic, self.demographic_weight.to(dtype), self.bias.to(dtype))
             return part if self.hidden_weight is not None else self.rest(part)
 
@@ -165,7 +165,7 @@ class CuMARouter(nn.Module):
         if self.hidden_weight is None:
             return gather(profile_part)
         first = call(ProjectHidden, hidden, self.hidden_weight, compute_dtype(hidden, self.hidden_weight))
-        with _without_autocast(hidden):
+        with without_autocast(hidden):
             return self.rest(first + (self.bias.to(first.dtype) if profile_part is None else gather(profile_part)))
 
 
@@ -199,8 +199,8 @@ class ProjectHidden(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
-class _Float32Linear(nn.Linear):
-    """A linear layer of a router: it computes in its input's dtype, float32 at least, whatever its parameters'."""
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in its input's dtype, float32 at least, whatever its parameters'."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -210,5 +210,5 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(like: torch.Tensor) -> AbstractContextManager:
+def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(like.device.type, enabled=False) if is_autocast_on(like) else nullcontext()

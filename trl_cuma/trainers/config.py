@@ -14,6 +14,10 @@ class CuMATrainingArguments:
 
     Args:
         cuma_aux_loss_coef (`float`): weight of the load-balancing loss (paper: 0.01); 0 leaves it out.
+        cuma_aux_loss_type (`str`): `"switch"`, the load-balancing loss of the Switch Transformer, which reads the
+            routers' probabilities, weighs each document the same and is the mean over routers; or `"published"`, for
+            comparison: what the paper's published code computes from its `gate="double_softmax"`, which reads the
+            gates, weighs each token the same and is the sum over routers.
         cuma_z_loss_coef (`float`): weight of the router z-loss.
         cuma_aux_loss_scope (`str`): whose load the balance loss reads: `"local"`, each process's micro-batch, or
             `"ranks"`, that of all processes.
@@ -33,6 +37,9 @@ class CuMATrainingArguments:
     """
 
     cuma_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
+    cuma_aux_loss_type: Literal["switch", "published"] = field(
+        default="switch", metadata={"help": "The load-balancing loss: Switch's, or that of the paper's code."}
+    )
     cuma_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
     cuma_aux_loss_scope: Literal["local", "ranks"] = field(
         default="local", metadata={"help": "Whose load the balance loss reads: this process's, or all ranks'."}
@@ -68,6 +75,13 @@ class CuMATrainingArguments:
             raise ValueError(f"`cuma_group_by` must be a list of fields, got {self.cuma_group_by!r}.")
         if self.cuma_aux_loss_scope not in ("local", "ranks"):
             raise ValueError(f"`cuma_aux_loss_scope` must be 'local' or 'ranks', got {self.cuma_aux_loss_scope!r}.")
+        if self.cuma_aux_loss_type not in ("switch", "published"):
+            raise ValueError(f"`cuma_aux_loss_type` must be 'switch' or 'published', got {self.cuma_aux_loss_type!r}.")
+        if self.cuma_aux_loss_type == "published" and self.cuma_aux_loss_scope != "local":
+            raise ValueError(
+                f"`cuma_aux_loss_scope={self.cuma_aux_loss_scope!r}` with `cuma_aux_loss_type='published'`, which "
+                "reads each process's micro-batch. Set it to 'local'."
+            )
 
 
 @dataclass

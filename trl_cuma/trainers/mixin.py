@@ -29,6 +29,8 @@ from .record import RecordMixin
 from .routing import load_metrics
 from .saving import SavingMixin, check_resumable
 
+ROUTER_OUTPUTS = ("aux_loss", "z_loss", "router_load", "router_entropy")
+
 
 class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
     """
@@ -43,7 +45,8 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             the training data if it is not yet. By default the encoder that the adapter was trained with; for a new
             adapter the paper's text encoder. A column of vectors needs none.
 
-    Logged: `aux_loss` (1 is an even load), `z_loss` where weighted, and since the last log `router/utilization`,
+    Logged, of an adapter with routers: `aux_loss` (1 is an even load; of the published one, for comparison, the number
+    of routers), `z_loss` where weighted, and since the last log `router/utilization`,
     `router/entropy` and `router/dead_experts` ([`load_metrics`]); at evaluation, with `cuma_group_by`, the same by
     group ([`GroupRouting`]).
     """
@@ -87,6 +90,7 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
         if config.task_type is None and not isinstance(model, PeftModel):  # else PEFT has read it
             config.task_type = self.task_type
         self._routed = config.routing != "semantic"
+        self._check_router_arguments(config, args)
         self._check_before_loading(config, args, kwargs)
         named = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         if self._routed:
@@ -169,6 +173,18 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             elif parameter.requires_grad:
                 parameter.data = trained.get(name, parameter.data.float()).to(parameter.device)
 
+    @staticmethod
+    def _check_router_arguments(config: CuMAConfig, args: Any) -> None:
+        if args.cuma_aux_loss_type == "published" and config.gate == "soft":
+            raise ValueError(
+                "`cuma_aux_loss_type='published'` is a constant for `gate='soft'`, whose gates are all positive. Use "
+                "'switch', or leave the loss out with `cuma_aux_loss_coef=0`."
+            )
+        if args.cuma_group_by and not config.has_routers:
+            raise ValueError(
+                "`cuma_group_by` with one expert and `film_hidden`, an adapter without routers. Leave it out."
+            )
+
     def _check_before_loading(self, config: CuMAConfig, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for what a trainer cannot do with the adapter, its arguments, or the other keywords it was given."""
 
@@ -237,19 +253,21 @@ class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
             return super().compute_loss(observed, inputs, *args, **kwargs)
         router: dict[str, torch.Tensor] = {}
         given = dict(inputs)
+        published = self.args.cuma_aux_loss_type == "published"
+        balance = "published" if published else self.args.cuma_aux_loss_scope
 
         def forward(*model_args: Any, **model_kwargs: Any) -> Any:
             if not torch.is_grad_enabled():  # a forward for metrics only
                 return model(*model_args, **model_kwargs)
-            outputs = model(*model_args, output_router_losses=self.args.cuma_aux_loss_scope, **model_kwargs)
-            router.update({key: outputs[key] for key in ("aux_loss", "z_loss", "router_load", "router_entropy")})
+            outputs = model(*model_args, output_router_losses=balance, **model_kwargs)
+            router.update({key: outputs[key] for key in ROUTER_OUTPUTS if key in outputs})
             return outputs
 
         result = super().compute_loss(forward, inputs, *args, **kwargs)
         loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         scale = self._router_loss_scale(kwargs.get("num_items_in_batch"))
         for key, weight in (("aux_loss", self.args.cuma_aux_loss_coef), ("z_loss", self.args.cuma_z_loss_coef)):
-            if weight:
+            if weight and router:  # one expert with FiLM has none
                 loss = loss + scale * weight * router[key]
         for key, value in router.items():  # sums that stay on the device until `log`
             self._router_metrics[key] = self._router_metrics.get(key, 0.0) + value.detach()

@@ -71,7 +71,8 @@ def training_record(trainer: Any, dataset_name: str | None, profiles: int | None
         "samples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "aux_loss_coef": args.cuma_aux_loss_coef,
-        "last_aux_loss": routing.get("aux_loss"),  # 1 is an even load
+        "aux_loss_type": args.cuma_aux_loss_type,
+        "last_aux_loss": routing.get("aux_loss"),  # at an even load 1, or "published": the number of routers
         "last_router_utilization": routing.get("router/utilization"),  # 1 is even
         "last_router_entropy": routing.get("router/entropy"),  # nats
         "last_dead_experts": routing.get("router/dead_experts"),
