@@ -1,0 +1,47 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""What a model reads of the people whom it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..adapter.layer import CuMALayer
+from ..demographics import DemographicTable, encoder_from_state
+
+
+def profile_vectors(
+    model: torch.nn.Module, demographics: Sequence[Any], table: DemographicTable | None = None
+) -> torch.Tensor | None:
+    """
+    What a model reads of people: the vectors of their profiles, by its own adapter's encoder.
+
+    Args:
+        model (`torch.nn.Module`): With a CuMA adapter or not.
+        demographics (`Sequence`): Profiles or vectors, one per row.
+        table (`DemographicTable`, *optional*): Makes the vectors instead, for any model.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, dim)`: float32, on the CPU; `None` for a model without an active adapter that
+        reads profiles.
+
+    Raises:
+        ValueError: A row has no profile and the adapter needs one, or it was trained on vectors and gets profiles.
+    """
+    if table is None:
+        configs = (
+            layer.config[name]
+            for layer in model.modules()
+            if isinstance(layer, CuMALayer) and not layer.disable_adapters
+            for name in layer.active_adapters
+            if name in layer.config
+        )
+        config = next((config for config in configs if config.routing != "semantic"), None)
+        if config is None:
+            return None
+        state = config.demographic_encoder
+        encoder = None if state is None else encoder_from_state(state)
+        table = DemographicTable(encoder, missing=config.missing_demographics)
+    return table(demographics)
