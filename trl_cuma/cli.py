@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import METHODS, TrainingParser, launch_options, read_recipe
+
+# Subcommand → its module and function, imported when it is called.
+COMMANDS = {
+    "plan": (".planning", "main"),
+    "prepare": (".data.command", "main"),
+    "evaluate": (".evaluation.command", "main_evaluate"),
+    "compare": (".evaluation.command", "main_compare"),
+    "bench": (".bench.command", "main"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(method, help=f"train by {name}, as `trl {method}` does, with CuMA's arguments too")
     commands.add_parser("plan", help="how much GPU memory a run needs under each engine, and what fits")
     commands.add_parser("prepare", help="convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA")
+    commands.add_parser("evaluate", help="measure a model on people and questions that were held out")
+    commands.add_parser("compare", help="put evaluations side by side, with paired intervals")
+    commands.add_parser("bench", help="train and measure baselines and CuMA by the same recipe")
     quickstart = commands.add_parser(
         "quickstart",
         help="train and measure CuMA against LoRA on a small survey, on CPU, offline",
@@ -47,16 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="all",
         help="prepare: only make the model and the data that the recipes name",
     )
-    command = argv[0] if argv and argv[0] in (*METHODS, "plan", "prepare") else None
+    command = argv[0] if argv and argv[0] in (*METHODS, *COMMANDS) else None
     try:
-        if command == "plan":
-            from .planning import main as plan
-
-            return plan(argv[1:])
-        if command == "prepare":
-            from .data.command import main as prepare
-
-            return prepare(argv[1:])
+        if command in COMMANDS:
+            module, function = COMMANDS[command]
+            return getattr(importlib.import_module(module, __package__), function)(argv[1:])
         return _train(command, argv[1:]) if command else _quickstart(parser.parse_args(argv))
     except (OSError, ValueError, ImportError) as error:
         print(f"trl-cuma{f' {command}' if command else ''}: error: {error}", file=sys.stderr)

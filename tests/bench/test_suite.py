@@ -1,0 +1,70 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""Suites are read strictly, and the committed ones are sound."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_cuma.bench import Reference, read_suite
+from trl_cuma.testing import tiny_model
+
+SUITES = sorted((Path(__file__).parents[2] / "benchmarks/suites").glob("*.yaml"))
+SMALL = {
+    "name": "small",
+    "data": {"source": "simulated"},
+    "base": {"model": {"architecture": "llama"}},
+    "training": {"steps": 4, "select_every": 2},
+    "tuning": {"worlds": [9], "learning_rates": [1e-3]},
+    "reference": {"config": {"r": 2}, "target_modules": ["q_proj"]},
+    "worlds": [0],
+    "arms": [{"method": ["lora", "cuma"], "prompt_profile": [False, True]}],
+}
+
+
+def write(tmp_path, content) -> Path:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_lists_stand_for_one_arm_each(tmp_path):
+    suite = read_suite(write(tmp_path, SMALL))
+    assert [arm.key for arm in suite.arms] == ["lora", "lora-prompt", "cuma", "cuma-prompt"]
+    assert suite.tuning.alphas == (2.0,)
+    assert suite.reference == Reference({"r": 2}, ["q_proj"])
+
+
+def test_worlds_can_be_given(tmp_path):
+    assert read_suite(write(tmp_path, SMALL), worlds=[7, 8]).worlds == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": [1]}, "Unknown key 'seeds' in the suite"),
+        ({"training": {"step": 4}}, "Unknown key 'step' in training; did you mean 'steps'"),
+        ({"training": {"steps": 5, "select_every": 2}}, "must be a multiple of"),
+        ({"tuning": {"worlds": [], "learning_rates": [1e-3]}}, "`worlds` of a suite's tuning is empty"),
+        ({"tuning": {"worlds": [1]}}, "lacks the key 'learning_rates'"),
+        ({"data": {"source": "wvs"}}, "'wvs', expected"),
+        ({"data": {"source": "global_opinions"}}, "names GlobalOpinionQA's file"),
+        ({"arms": [{"method": "lora"}, {"method": "lora"}]}, "Two arms are called 'lora'"),
+        ({"arms": ["lora"]}, "must be a mapping"),
+        ({"compare": [["cuma", "lara"]]}, "no arm 'lara'; did you mean 'lora'"),
+        ({"arms": [{"method": "cuma", "encoder": "text"}]}, "no `text_encoder`"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, change, message):
+    path = write(tmp_path, {**SMALL, **change})
+    with pytest.raises(ValueError, match=message) as error:
+        read_suite(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_committed_suites_have_budgets_that_can_be_met(path):
+    suite = read_suite(path, data_path="not-read.jsonl" if "global" in path.stem else None)
+    base = tiny_model(vocab_size=200, **suite.base.model)
+    for arm in suite.arms:
+        suite.reference.adapter(arm, base, {"field": 31, "text": 384}, 2.0)

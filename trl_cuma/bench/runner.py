@@ -1,0 +1,271 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""
+Running a suite: every run is a folder that is written whole, so that a suite that was cut off goes on where it was.
+
+    worlds/<seed>                          the base model
+    sft/<seed>/<arm>/<rate>-<alpha>-<steps>
+    dpo/<seed>/<arm>/<rate>
+    results.json, tables.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .suite import Suite
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """One SFT run: which arm, where, with which settings, for how long."""
+
+    arm: str
+    world: int
+    learning_rate: float
+    alpha: float
+    steps: int
+
+    @property
+    def folder(self) -> str:
+        return f"sft/{self.world}/{self.arm}/{self.learning_rate:g}-{self.alpha:g}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class DPORun:
+    """One DPO run, from an SFT run's checkpoint."""
+
+    arm: str
+    world: int
+    learning_rate: float
+    sft: SFTRun
+
+    @property
+    def folder(self) -> str:
+        return f"dpo/{self.world}/{self.arm}/{self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    world: int
+
+    @property
+    def folder(self) -> str:
+        return f"worlds/{self.world}"
+
+
+class Runner:
+    """
+    Runs a suite into a folder.
+
+    Args:
+        suite (`Suite`): What to run.
+        output_dir (`Path`): Where; a folder of another suite is refused.
+        workers (`int`): Processes at once, one thread each.
+        threads (`int`): Threads of each process.
+
+    Raises:
+        `ValueError`: `output_dir` holds another suite's runs.
+    """
+
+    def __init__(self, suite: Suite, output_dir: Path, workers: int = 1, threads: int = 1) -> None:
+        self.suite, self.output_dir, self.workers, self.threads = suite, Path(output_dir), workers, threads
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        # Worlds and arms may be added to a suite whose runs are there; another survey, base or budget may not.
+        identity = {
+            key: value
+            for key, value in asdict(suite).items()
+            if key in ("data", "base", "training", "reference", "text_encoder")
+        }
+        identity = json.loads(json.dumps(identity, default=list))
+        identity["arms"] = {arm.key: json.loads(json.dumps(asdict(arm))) for arm in suite.arms}
+        path = self.output_dir / "suite.json"
+        if path.exists():
+            there = json.loads(path.read_text())
+            arms = there.pop("arms")
+            differing = [key for key in there if there[key] != identity[key]]
+            differing += [key for key in arms if key in identity["arms"] and arms[key] != identity["arms"][key]]
+            if differing:
+                raise ValueError(
+                    f"{self.output_dir} holds the runs of another suite: {differing[0]!r} differs. Choose another "
+                    "`--output_dir`, or remove that one."
+                )
+            identity["arms"] = {**arms, **identity["arms"]}
+        path.write_text(json.dumps(identity, indent=1) + "\n")
+
+    def run(self) -> dict[str, Any]:
+        """All stages in turn: base models, tuning, the reported runs, DPO. Returns `results.json`'s content."""
+        suite, tuning = self.suite, self.suite.tuning
+        worlds = sorted({*tuning.worlds, *suite.worlds})
+        self._all([_Prepare(world) for world in worlds], "Base models")
+        chosen = self.tune()
+        longest = suite.training.steps * max(suite.training.factors)
+        final = [
+            SFTRun(arm.key, world, *chosen[arm.key]["settings"], longest)
+            for arm in suite.arms
+            for world in suite.worlds
+        ]
+        self._all(final, "SFT, reported runs")
+        results: dict[str, Any] = {
+            "suite": suite.name,
+            "chosen": chosen,
+            "baselines": {},
+            "sft": {arm.key: {} for arm in suite.arms},
+        }
+        for world in suite.worlds:
+            record = json.loads((self.output_dir / _Prepare(world).folder / "world.json").read_text())
+            for name, by_split in record["baselines"].items():
+                results["baselines"].setdefault(name, {})[str(world)] = by_split
+        for run in final:
+            results["sft"][run.arm][str(run.world)] = self.read(run)
+        if suite.dpo is not None:
+            results["dpo"] = self._dpo(chosen, longest)
+        self.write("results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    def tune(self) -> dict[str, Any]:
+        """Arm → the settings with the least mean log-loss of validation answers over the tuning worlds."""
+        suite, tuning = self.suite, self.suite.tuning
+        grid = {
+            arm.key: [
+                (rate, alpha)
+                for rate in tuning.learning_rates
+                for alpha in (tuning.alphas if arm.of.peft in ("lora", "cuma") else tuning.alphas[:1])
+            ]
+            for arm in suite.arms
+        }
+        runs = [
+            SFTRun(key, world, *settings, suite.training.steps)
+            for world in tuning.worlds
+            for key, points in grid.items()
+            for settings in points
+        ]
+        self._all(runs, "SFT, tuning")
+        chosen = {}
+        for key, points in grid.items():
+            losses = {
+                settings: float(
+                    np.mean(
+                        [
+                            min(
+                                nll
+                                for _, nll in self.read(SFTRun(key, world, *settings, suite.training.steps))[
+                                    "validation"
+                                ]
+                            )
+                            for world in tuning.worlds
+                        ]
+                    )
+                )
+                for settings in points
+            }
+            chosen[key] = _chosen(losses, tuning.learning_rates)
+        return chosen
+
+    def _dpo(self, chosen: dict[str, Any], longest: int) -> dict[str, Any]:
+        suite, dpo = self.suite, self.suite.dpo
+
+        def run(key: str, world: int, rate: float, steps: int) -> DPORun:
+            return DPORun(key, world, rate, SFTRun(key, world, *chosen[key]["settings"], steps))
+
+        tuning = {
+            key: {
+                rate: [run(key, world, rate, suite.training.steps) for world in suite.tuning.worlds]
+                for rate in dpo.learning_rates
+            }
+            for key in dpo.arms
+        }
+        self._all([one for rates in tuning.values() for runs in rates.values() for one in runs], "DPO, tuning")
+        results: dict[str, Any] = {"chosen": {}, "arms": {}}
+        for key, rates in tuning.items():
+            losses = {
+                (rate,): float(np.mean([self.read(one)["validation"] for one in runs])) for rate, runs in rates.items()
+            }
+            results["chosen"][key] = _chosen(losses, dpo.learning_rates)
+        final = [
+            run(key, world, results["chosen"][key]["settings"][0], longest)
+            for key in dpo.arms
+            for world in suite.worlds
+        ]
+        self._all(final, "DPO, reported runs")
+        for one in final:
+            results["arms"].setdefault(one.arm, {})[str(one.world)] = self.read(one)
+        return results
+
+    # ------------------------------------------------------------------ runs
+    def read(self, run: SFTRun | DPORun) -> dict[str, Any]:
+        """A finished run's results."""
+        return json.loads((self.output_dir / run.folder / "result.json").read_text())
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the output folder, whole."""
+        temporary = self.output_dir / f".{name}-{os.getpid()}"
+        temporary.write_text(text)
+        temporary.rename(self.output_dir / name)
+
+    def _all(self, runs: Iterable[Any], description: str) -> None:
+        """Do what is not done yet, several at once; the first that fails stops the suite, the others' work is kept."""
+        runs = list(dict.fromkeys(runs))
+        open_runs = [run for run in runs if not (self.output_dir / run.folder).exists()]
+        bar = tqdm(total=len(runs), initial=len(runs) - len(open_runs), desc=description, unit="run")
+        with bar:
+            if self.workers == 1:
+                for run in open_runs:
+                    _do(self.suite, self.output_dir, run, self.threads)
+                    bar.update()
+                return
+            with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
+                futures = {pool.submit(_do, self.suite, self.output_dir, run, self.threads): run for run in open_runs}
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+
+
+def _chosen(losses: dict[tuple[float, ...], float], rates: tuple[float, ...]) -> dict[str, Any]:
+    best = min(losses, key=losses.__getitem__)
+    return {
+        "settings": list(best),
+        "grid": [[*settings, loss] for settings, loss in losses.items()],
+        "at_the_edge": best[0] in (min(rates), max(rates)) and len(rates) > 1,
+    }
+
+
+_worlds: dict[tuple[Path, int], Any] = {}
+
+
+def _do(suite: Suite, output_dir: Path, run: Any, threads: int) -> None:
+    """Do one run, in a process of its own where there are several."""
+    import torch
+
+    from ..quickstart import quiet
+    from .training import run_dpo, run_sft
+    from .world import World
+
+    quiet()
+    torch.set_num_threads(threads)
+    key = (output_dir, run.world)
+    if key not in _worlds:  # a process does many runs of one world
+        _worlds.clear()
+        _worlds[key] = World(suite, run.world, output_dir / "worlds" / str(run.world))
+    world: World = _worlds[key]
+    folder = output_dir / run.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(run, _Prepare):
+        world.prepare()
+    elif isinstance(run, SFTRun):
+        run_sft(world, suite.arm(run.arm), run.learning_rate, run.alpha, run.steps, folder)
+    else:
+        run_dpo(world, suite.arm(run.arm), run.learning_rate, output_dir / run.sft.folder, folder)
