@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     suite = read_suite(args.suite, worlds=args.worlds, data_path=args.data)
     runner = Runner(suite, args.output_dir or Path("runs/bench") / args.suite.stem, args.workers, args.threads)
     results = runner.run()
-    text = tables(suite, results)
+    text = tables(runner, results)
     runner.write("tables.md", text)
     print(text)
     print(f"Tables and results: {runner.output_dir}.")

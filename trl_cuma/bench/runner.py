@@ -17,12 +17,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .suite import Suite
+
+if TYPE_CHECKING:
+    from .world import World
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Runner:
         worlds = sorted({*tuning.worlds, *suite.worlds})
         self._all([_Prepare(world) for world in worlds], "Base models")
         chosen = self.tune()
-        longest = suite.training.steps * max(suite.training.factors)
+        longest = self.longest
         final = [
             SFTRun(arm.key, world, *chosen[arm.key]["settings"], longest)
             for arm in suite.arms
@@ -202,6 +205,17 @@ class Runner:
         return results
 
     # ------------------------------------------------------------------ runs
+    @property
+    def longest(self) -> int:
+        """Steps of a reported run: the largest budget."""
+        return self.suite.training.steps * max(self.suite.training.factors)
+
+    def world(self, seed: int) -> World:
+        """A world of the suite."""
+        from .world import World
+
+        return World(self.suite, seed, self.output_dir / _Prepare(seed).folder)
+
     def read(self, run: SFTRun | DPORun) -> dict[str, Any]:
         """A finished run's results."""
         return json.loads((self.output_dir / run.folder / "result.json").read_text())

@@ -15,6 +15,8 @@ import yaml
 
 from .arms import Arm, Reference
 
+MARGINAL = "marginal"  # in `compare`: the training marginal instead of an arm
+
 
 @dataclass(frozen=True)
 class Data:
@@ -140,6 +142,7 @@ class Suite:
         worlds (`tuple[int, ...]`): Seeds of the worlds that are reported.
         arms (`list[Arm]`): In the YAML, a value that is a list stands for one arm per item.
         compare (`list[list[str]]`): Pairs of arm keys; the first is measured against the second, paired by world.
+            The second may be `"marginal"`: the training marginal.
         dpo (`Preferences`, *optional*): Also train and measure by DPO.
         text_encoder (`str`, *optional*): Path or id of the sentence encoder of arms with `encoder: text`.
     """
@@ -163,7 +166,7 @@ class Suite:
         if twice:
             raise ValueError(f"Two arms are called {twice[0]!r}. Give them a `name`.")
         for key in itertools.chain(*self.compare, self.dpo.arms if self.dpo else ()):
-            if key not in keys:
+            if key not in [*keys, MARGINAL]:
                 raise ValueError(f"There is no arm {key!r}{_nearest(key, keys)}.")
         if any(arm.encoder == "text" for arm in self.arms) and self.text_encoder is None:
             raise ValueError("An arm has `encoder: text`, and the suite no `text_encoder`.")

@@ -1,10 +1,6 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """
-A finished suite in tables: means over worlds with 95 % t intervals, and comparisons paired by world.
-
-The statistic of a comparison is the mean log ratio of two arms' EMD: below 0, the first is better. It is exponentiated
-in the tables (0.8: a fifth less), with the t interval and a sign-flip test over worlds.
-"""
+A finished suite in tables: means over worlds with 95 % t intervals, and paired comparisons (`comparison.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.metrics.intervals import Estimate, detectable_effect, sign_flip_test, t_interval
+from ..evaluation.metrics.intervals import Estimate, t_interval
+from .comparison import compare_cells, compare_worlds, emd_by_world
+from .runner import Runner
 from .suite import Suite
 
 SPLITS = {
@@ -23,49 +21,11 @@ SPLITS = {
     "held_out_cells": "held-out cells",
     "held_out_countries": "held-out countries",
 }
-BETTER = np.log(0.8)
 
 
-def compare(first: dict[str, float], second: dict[str, float]) -> dict[str, Any]:
-    """
-    One arm against another, paired by world.
-
-    Args:
-        first, second (`dict[str, float]`): World → EMD; the worlds of both are compared.
-
-    Returns:
-        `dict`: `ratio`, `low` and `high` (exponentiated mean log ratio and its 95 % t interval), `p` of the sign-flip
-        test, `worlds`, `sd` of the log ratios, `better` (interval below 1), `better_by_a_fifth` (upper limit at most
-        0.8) and `detectable`: the ratio that these worlds would have found with 90 % power.
-
-    Raises:
-        `ValueError`: They share fewer than two worlds.
-    """
-    worlds = sorted(first.keys() & second.keys(), key=int)
-    if len(worlds) < 2:
-        raise ValueError(f"A comparison needs at least 2 worlds, the two arms share {len(worlds)}.")
-    ratios = np.array([np.log(first[world] / second[world]) for world in worlds])
-    mean, sd = t_interval(ratios), float(ratios.std(ddof=1))
-    return {
-        "ratio": float(np.exp(mean.value)),
-        "low": float(np.exp(mean.low)),
-        "high": float(np.exp(mean.high)),
-        "p": sign_flip_test(ratios),
-        "worlds": len(worlds),
-        "sd": sd,
-        "better": bool(mean.high < 0),
-        "better_by_a_fifth": bool(mean.high <= BETTER),
-        "detectable": float(np.exp(-detectable_effect(sd, len(worlds)))) if sd > 0 else 1.0,
-    }
-
-
-def scores(results: dict[str, Any], arm: str, budget: int, split: str, metric: str) -> dict[str, float]:
-    """World → a metric's mean over cells."""
-    return {world: run["budgets"][str(budget)]["splits"][split][metric] for world, run in results["sft"][arm].items()}
-
-
-def tables(suite: Suite, results: dict[str, Any]) -> str:
-    """All tables of a suite, in Markdown."""
+def tables(runner: Runner, results: dict[str, Any]) -> str:
+    """All tables of a finished suite, in Markdown."""
+    suite = runner.suite
     parts = [f"# {suite.name}", _protocol(suite), _tuning(suite, results)]
     baselines = results.get("baselines", {})
     for factor in suite.training.factors:
@@ -73,7 +33,7 @@ def tables(suite: Suite, results: dict[str, Any]) -> str:
         parts += [_split_table(suite, results, budget, split, baselines) for split in _splits(results)]
     for factor in suite.training.factors:
         if suite.compare and len(suite.worlds) > 1:
-            parts.append(_comparisons(suite, results, factor * suite.training.steps))
+            parts.append(_comparisons(runner, results, factor * suite.training.steps))
     if "dpo" in results:
         parts += [_dpo(suite, results["dpo"], split) for split in _splits(results)]
     return "\n\n".join(parts) + "\n"
@@ -138,23 +98,26 @@ def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str,
     return _table([*header, *(title for title, _, _ in metrics)], rows)
 
 
-def _comparisons(suite: Suite, results: dict[str, Any], budget: int) -> str:
-    rows = []
+def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
+    suite, rows = runner.suite, []
     for first, second in suite.compare:
         for split in _splits(results):
-            found = compare(*(scores(results, arm, budget, split, "emd") for arm in (first, second)))
+            if suite.data.source == "simulated":
+                found = compare_worlds(*(emd_by_world(results, arm, budget, split) for arm in (first, second)))
+            else:
+                found = compare_cells(runner, results, first, second, budget, split)
             rows.append(
                 [
                     f"{first} ÷ {second}",
                     SPLITS[split],
-                    f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
-                    f"{found['p']:.3f}",
-                    f"{found['detectable']:.2f}",
-                    "better" if found["better"] else "worse" if found["low"] > 1 else "no difference shown",
+                    f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]",
+                    "" if found.p is None else f"{found.p:.3f}",
+                    f"{found.detectable:.2f}",
+                    found.verdict,
                 ]
             )
-    header = [f"EMD ratio, {budget} steps, {len(suite.worlds)} worlds", "split", "ratio", "p", "detectable", "verdict"]
-    return _table(header, rows)
+    unit = f"{len(suite.worlds)} worlds" if suite.data.source == "simulated" else "country × question resampled"
+    return _table([f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable", "verdict"], rows)
 
 
 def _dpo(suite: Suite, results: dict[str, Any], split: str) -> str:
