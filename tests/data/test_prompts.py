@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 import pytest
 
-from trl_cuma.data.prompts import TEMPLATES, PromptFormat
+from trl_cuma.data.prompts import TEMPLATES, PromptFormat, read_letters
 from trl_cuma.data.survey import Question
 
 PROFILE = {"country": "Ruritania", "age": "25-34 years", "marital_status": None, "religion": "Solarist"}
@@ -83,3 +83,50 @@ def test_a_profile_with_braces_is_taken_literally():
 def test_unknown_settings_are_named(option, value):
     with pytest.raises(ValueError, match=f"`{option}` is '{value}'"):
         PromptFormat(**{option: value})
+
+
+# ------------------------------------------------------------------------------------------------ taking apart
+OPTIONS = ("Very important", "2", "Not. At all", "A. Never: no", "B\nb")
+
+
+@pytest.mark.parametrize("where", ["none", "user"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("count", [2, 5])
+def test_what_was_written_is_read(template, where, count):
+    """Option by option, with what stands before the question left there, and written again in another order."""
+    prompts = PromptFormat(where, template)
+    options = OPTIONS[:count]
+    order = tuple(reversed(range(count)))
+    backward = tuple(options[index] for index in order)
+    for task, write in (
+        ("survey", lambda some: prompts.question(Question("Q", "Is it so? Why?", tuple(some)))),
+        ("choice", lambda some: prompts.choice("Is it so?\n\nWhy?", some)),
+    ):
+        prefix = prompts.opening(PROFILE, task).prefix
+        read = read_letters(prefix + write(options), count)
+        assert read.options == options
+        assert read.letters.write(read.text, read.options) == prefix + write(options)
+        assert read.reordered(order) == prefix + write(backward)
+
+
+def test_what_the_papers_wording_reads_as_a_questions_end():
+    """In that wording a question and its options are one line: an option may hold marks of its own before others'."""
+    text = PromptFormat(template="paper").question(Question("Q", "Which? A. or B", ("One? A. ", "Two")))
+    with pytest.raises(ValueError, match="in several ways"):
+        read_letters(text, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "match"),
+    [
+        ("Is it so? A. Yes B. No", 2, "ends in none of the ways"),
+        (PromptFormat().question(QUESTION), 3, "doesn't list 3 of them"),
+        (PromptFormat().choice("Hm", ["a", "b", "c"]), 2, "or there are more options"),
+        (PromptFormat().choice("Pick one:\n\nA. x\n\nB. y", ["a", "b"]), 2, "in several ways"),
+        (PromptFormat().choice("Hm", ["a\n\nB. b", "c"]), 2, "in several ways"),
+        (PromptFormat(template="paper").choice("Hm", ["a", "list\nB: b"]), 2, "in several ways"),
+    ],
+)
+def test_what_cannot_be_read_for_sure_is_refused(prompt, count, match):
+    with pytest.raises(ValueError, match=match):
+        read_letters(prompt, count)

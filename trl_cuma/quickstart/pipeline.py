@@ -21,7 +21,7 @@ from ..data.survey import Cells, to_preference_dataset, to_sft_dataset
 from ..demographics import FieldEncoder, TextEncoder
 from ..evaluation.baselines import AdditiveModel, FactorModel
 from ..evaluation.metrics import gap_closed, summarise_cells
-from ..evaluation.options import option_log_probs, split_options
+from ..evaluation.options import split_options, survey_log_probs
 from ..evaluation.preferences import implicit_margin, oracle_margin, pair_metrics, pair_weights
 from .language_model import build_tokenizer, pretrain, probe_profile_reading
 from .settings import REAL, SIMULATED, Settings
@@ -171,7 +171,7 @@ class Quickstart:
         question: np.ndarray,
         profile: np.ndarray,
     ) -> np.ndarray:
-        return option_log_probs(
+        return survey_log_probs(
             model,
             tokenizer,
             self.survey,
