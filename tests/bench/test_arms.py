@@ -112,7 +112,7 @@ def test_keys_tell_arms_apart():
         ({"method": "full"}, "`matched` 'parameters'"),
         ({"method": "lora", "matched": "none"}, "`matched` 'none'"),
         ({"method": "lora", "config": {"r": 3}}, "belongs to the CuMA adapter"),
-        ({"method": "cuma", "encoder": "words"}, "'field' or 'text'"),
+        ({"method": "cuma", "encoder": "words"}, "expected one of \\('field'"),
     ],
 )
 def test_arms_are_checked(fields, message):

@@ -67,4 +67,4 @@ def test_committed_suites_have_budgets_that_can_be_met(path):
     suite = read_suite(path, data_path="not-read.jsonl" if "global" in path.stem else None)
     base = tiny_model(vocab_size=200, **suite.base.model)
     for arm in suite.arms:
-        suite.reference.adapter(arm, base, {"field": 31, "text": 384}, 2.0)
+        suite.reference.adapter(arm, base, {"field": 31, "text": 384, "text_uncentred": 384}, 2.0)

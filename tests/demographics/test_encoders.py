@@ -57,6 +57,14 @@ class TestTextEncoder:
         centred = raw - raw.mean(0)
         torch.testing.assert_close(vectors, centred / centred.square().mean().sqrt(), rtol=0, atol=1e-4)
 
+    def test_uncentred_keeps_the_common_component_on_the_same_scale(self, minilm_path):
+        uncentred = TextEncoder(str(minilm_path), centre=False).fit(PEOPLE)
+        raw = uncentred.encode(PEOPLE)
+        assert mean_cosine(raw) > 0.5
+        torch.testing.assert_close(raw.square().mean(), torch.tensor(1.0), rtol=1e-5, atol=0)
+        restored = encoder_from_state(uncentred.state())
+        torch.testing.assert_close(restored.encode(PEOPLE[:3]), raw[:3], rtol=0, atol=1e-6)
+
     def test_independent_of_batch_mates(self, encoder, vectors):
         alone = torch.cat([encoder.encode([person]) for person in PEOPLE[::5]])
         torch.testing.assert_close(alone, vectors[::5], rtol=0, atol=1e-5)

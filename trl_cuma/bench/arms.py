@@ -22,6 +22,7 @@ from ..adapter import CuMAConfig
 
 TOLERANCE = 0.02
 MAX_FILLER = 512
+ENCODERS = ("field", "text", "text_uncentred")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Arm:
         name (`str`, *optional*): Name of its own, where two arms differ in `config` or `training` only.
         config (`dict`): Fields of the PEFT configuration on top of the method's.
         training (`dict`): Fields of the CuMA trainer's arguments on top of the method's.
-        encoder (`str`): `"field"`, or `"text"` for the suite's sentence encoder.
+        encoder (`str`): `"field"`; `"text"` for the suite's sentence encoder; `"text_uncentred"` for the same with
+            the mean left in, as in the authors' code.
     """
 
     method: str
@@ -116,8 +118,8 @@ class Arm:
         matchings = ("none",) if self.of.peft in ("full", "p_tuning") else ("parameters", "rank")
         if self.matched not in matchings:
             raise ValueError(f"Arm {self.method!r} has `matched` {self.matched!r}, expected one of {matchings}.")
-        if self.encoder not in ("field", "text"):
-            raise ValueError(f"Arm {self.method!r} has `encoder` {self.encoder!r}, expected 'field' or 'text'.")
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"Arm {self.method!r} has `encoder` {self.encoder!r}, expected one of {ENCODERS}.")
         for key in ("config", "training"):
             if getattr(self, key) and self.of.peft != "cuma":
                 raise ValueError(f"Arm {self.method!r} has `{key}`, which belongs to the CuMA adapter.")
@@ -182,7 +184,8 @@ class Reference:
         self._most(model)  # or it says that there is nothing to adapt
         make = self._maker(arm, alpha_ratio)
         plain = make(self.config["r"], self.config.get("router_hidden"))
-        if arm.matched == "rank" or (arm.method in ("cuma", "cuma_shuffled") and not arm.adapter_fields):
+        is_reference = arm.method in ("cuma", "cuma_shuffled") and not arm.adapter_fields and arm.encoder == "field"
+        if arm.matched == "rank" or is_reference:
             return plain, self._count(model, plain, dim)
         goal = self._count(model, self._maker(Arm("cuma"), 1.0)(self.config["r"], None), dims["field"])
         close = [

@@ -144,7 +144,8 @@ class Suite:
         compare (`list[list[str]]`): Pairs of arm keys; the first is measured against the second, paired by world.
             The second may be `"marginal"`: the training marginal.
         dpo (`Preferences`, *optional*): Also train and measure by DPO.
-        text_encoder (`str`, *optional*): Path or id of the sentence encoder of arms with `encoder: text`.
+        text_encoder (`str`, *optional*): Path or id of the sentence encoder of arms that have one; `"minilm"` for the
+            one that the `test` extra installs.
     """
 
     name: str
@@ -168,8 +169,9 @@ class Suite:
         for key in itertools.chain(*self.compare, self.dpo.arms if self.dpo else ()):
             if key not in [*keys, MARGINAL]:
                 raise ValueError(f"There is no arm {key!r}{_nearest(key, keys)}.")
-        if any(arm.encoder == "text" for arm in self.arms) and self.text_encoder is None:
-            raise ValueError("An arm has `encoder: text`, and the suite no `text_encoder`.")
+        for arm in self.arms:
+            if arm.encoder != "field" and self.text_encoder is None:
+                raise ValueError(f"Arm {arm.key!r} has `encoder: {arm.encoder}`, and the suite no `text_encoder`.")
 
     def arm(self, key: str) -> Arm:
         """The arm with this key."""

@@ -24,6 +24,7 @@ from ..evaluation.baselines import AdditiveModel, FactorModel
 from ..evaluation.metrics.cells import summarise_cells
 from ..quickstart.language_model import build_tokenizer, pretrain, probe_profile_reading
 from ..quickstart.settings import Settings
+from ..testing import minilm_path
 from .suite import Suite
 
 
@@ -129,8 +130,12 @@ class World:
         return AutoTokenizer.from_pretrained(self.model_dir)
 
     def encoder(self, kind: str) -> FieldEncoder | TextEncoder:
-        """A fitted encoder of profiles: `"field"` or `"text"`."""
-        encoder = FieldEncoder() if kind == "field" else TextEncoder(self.suite.text_encoder)
+        """A fitted encoder of profiles: `"field"`, `"text"` or `"text_uncentred"`."""
+        if kind == "field":
+            encoder = FieldEncoder()
+        else:
+            path = minilm_path() if self.suite.text_encoder == "minilm" else self.suite.text_encoder
+            encoder = TextEncoder(path, centre=kind == "text")
         train = self.survey.answers["train"]
         profiles = [self.survey.profiles[index] for index in train.profile]
         return encoder.fit(profiles, person_ids=train.person.tolist())

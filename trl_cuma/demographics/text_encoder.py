@@ -45,6 +45,8 @@ class TextEncoder:
             The most texts per forward pass.
         device (`str`, defaults to `"cpu"`):
             Where the model runs. Not part of the state; may be set before the first `encode`.
+        centre (`bool`, defaults to `True`):
+            `False` leaves the mean in, as the paper's published code does: for comparisons.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TextEncoder:
         template: str = "{text}",
         batch_size: int = 32,
         device: str = "cpu",
+        centre: bool = True,
     ) -> None:
         if "{text}" not in template:
             raise ValueError(f"`template` is {template!r}: it must contain {{text}}, where the profile's text goes.")
@@ -65,6 +68,7 @@ class TextEncoder:
         self.template = template
         self.batch_size = batch_size
         self.device = device
+        self.centre = centre
         self._pooling: str | None = None
         self._max_seq_length: int | None = None
         self._mean: torch.Tensor | None = None
@@ -109,7 +113,7 @@ class TextEncoder:
                 "spread around the mean sets the scale."
             )
         embeddings = self._embed(texts, show_progress=show_progress).double()
-        mean = embeddings.mean(0)
+        mean = embeddings.mean(0) if self.centre else torch.zeros_like(embeddings[0])
         rms = (embeddings - mean).square().mean().sqrt().float().item()
         if not 0 < rms < float("inf"):
             raise ValueError(f"The embeddings of the training profiles have a spread of {rms}: is the model intact?")
