@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
-"""What is predicted of a survey's cells, and what a model reads of the people in them."""
+"""What is predicted of a survey's cells."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ import os
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
-
-from ..adapter import CuMAConfig
-from ..demographics import DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,22 +67,3 @@ class SurveyPrediction:
         """Write the arrays to an `.npz` file. Profiles are in it as numbers only, and rows that were bad as none."""
         arrays = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "demographic"}
         np.savez(path, **{name: value for name, value in arrays.items() if isinstance(value, np.ndarray)})
-
-
-def demographic_table(
-    model: torch.nn.Module, encoder: FieldEncoder | TextEncoder | None = None
-) -> DemographicTable | None:
-    """
-    The table from profiles to the vectors that a model's active adapter reads: by the encoder that it carries, or by
-    the one given. Without either, it takes vectors. `None` for a model that reads no profile.
-    """
-    inner = extract_model_from_parallel(model)
-    if not isinstance(inner, PeftModel):
-        return None
-    configs = [inner.peft_config[name] for name in inner.active_adapters]
-    config = next((c for c in configs if isinstance(c, CuMAConfig) and c.routing != "semantic"), None)
-    if config is None:
-        return None
-    if encoder is None and config.demographic_encoder is not None:
-        encoder = encoder_from_state(config.demographic_encoder)
-    return DemographicTable(encoder, missing=config.missing_demographics)

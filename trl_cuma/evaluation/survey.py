@@ -19,8 +19,9 @@ from ..demographics import DemographicProfile, DemographicTable, FieldEncoder, T
 from ..demographics.profile import is_vector
 from .option_orders import Order, ask, predict
 from .options import context_length
-from .prediction import SurveyPrediction, demographic_table
+from .prediction import SurveyPrediction
 from .rows import REPEATED, AnswerBy, SurveyRows, read_rows, reordered_prompt
+from .vectors import demographic_table
 
 __all__ = ["SurveyPrediction", "predict_rows", "predict_survey"]
 

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter.routing import reportable_groups
 from ..data.people import MIN_COUNT, OTHER, known_text
-from ..demographics import DemographicTable, encoder_from_state
+from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
 from .expert_information import ExpertInformation, count_people, expert_information, group_means
 from .profile_routing import ProfileRouting, Prompt, route_profiles, routing_config
 from .reference_map import ReferenceComparison, classical_map, compare_with_reference, read_reference_map
+from .vectors import demographic_table
 
 DEAD = 0.01
 """An expert with less than this part of an even load is dead, as in the trainers' logs."""
@@ -148,12 +149,9 @@ def evaluate_topology(
         TypeError, ValueError: as [`route_profiles`], [`map_topology`] and [`read_reference_map`]; for rows that don't
             fit together, or two rows of a person that differ; a row of profiles that the encoder can't read.
     """
-    config = routing_config(model)
+    routing_config(model)  # or it says why there is nothing to map
     places = None if reference is None else read_reference_map(reference)
-    if table is None:
-        state = config.demographic_encoder
-        encoder = None if state is None else encoder_from_state(state)
-        table = DemographicTable(encoder, missing=config.missing_demographics)
+    table = table or demographic_table(model)
     ids = table.lookup(profiles).numpy()
     texts = {field: [known_text(field, value) for value in column] for field, column in (labels or {}).items()}
     rows = _rows_of_people(ids, person_ids, texts)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
-"""What a model reads of the people whom it answers."""
+"""What a model reads of the people whom it answers: vectors of their profiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,29 @@ from typing import Any
 import torch
 
 from ..adapter.layer import CuMALayer
-from ..demographics import DemographicTable, encoder_from_state
+from ..demographics import DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
+
+
+def demographic_table(
+    model: torch.nn.Module, encoder: FieldEncoder | TextEncoder | None = None
+) -> DemographicTable | None:
+    """
+    The table from profiles to the vectors that a model's active adapter reads: by the encoder that it carries, or by
+    the one given. Without either, it takes vectors. `None` for a model that reads no profile now.
+    """
+    configs = (
+        layer.config[name]
+        for layer in model.modules()
+        if isinstance(layer, CuMALayer) and not layer.disable_adapters
+        for name in layer.active_adapters
+        if name in layer.config
+    )
+    config = next((config for config in configs if config.routing != "semantic"), None)
+    if config is None:
+        return None
+    if encoder is None and config.demographic_encoder is not None:
+        encoder = encoder_from_state(config.demographic_encoder)
+    return DemographicTable(encoder, missing=config.missing_demographics)
 
 
 def profile_vectors(
@@ -30,18 +52,5 @@ def profile_vectors(
     Raises:
         ValueError: A row has no profile and the adapter needs one, or it was trained on vectors and gets profiles.
     """
-    if table is None:
-        configs = (
-            layer.config[name]
-            for layer in model.modules()
-            if isinstance(layer, CuMALayer) and not layer.disable_adapters
-            for name in layer.active_adapters
-            if name in layer.config
-        )
-        config = next((config for config in configs if config.routing != "semantic"), None)
-        if config is None:
-            return None
-        state = config.demographic_encoder
-        encoder = None if state is None else encoder_from_state(state)
-        table = DemographicTable(encoder, missing=config.missing_demographics)
-    return table(demographics)
+    table = table or demographic_table(model)
+    return None if table is None else table(demographics)
