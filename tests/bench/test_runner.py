@@ -148,3 +148,23 @@ def test_shuffled_profiles_are_other_peoples_and_carry_no_information(finished):
     assert all(len({str(other) for _, other in rows}) == 1 for rows in people.values())
     moved = np.mean([rows[0][0] != rows[0][1] for rows in people.values()])
     assert moved > 0.9
+
+
+def test_a_new_world_is_checked_with_the_published_settings(finished, tmp_path, capsys):
+    suite, out = finished
+    check = [
+        "bench",
+        str(suite),
+        "--output_dir",
+        str(tmp_path),
+        "--check",
+        str(out / "results.json"),
+        "--arms",
+        "cuma",
+    ]
+    assert main([*check, "--worlds", "5"]) == 0
+    text = capsys.readouterr().out
+    assert "of 6 inside" in text  # 3 splits × 2 budgets
+    assert {path.parent.name for path in (tmp_path / "sft").rglob("*-4")} == {"cuma"}
+    assert main([*check, "--worlds", "0"]) == 2
+    assert "World 0 is published" in capsys.readouterr().err

@@ -39,6 +39,14 @@ def test_worlds_can_be_given(tmp_path):
     assert read_suite(write(tmp_path, SMALL), worlds=[7, 8]).worlds == (7, 8)
 
 
+def test_arms_can_be_chosen(tmp_path):
+    path = write(tmp_path, {**SMALL, "compare": [["cuma", "lora"], ["cuma", "marginal"]]})
+    suite = read_suite(path, arms=["cuma"])
+    assert ([arm.key for arm in suite.arms], suite.compare) == (["cuma"], [["cuma", "marginal"]])
+    with pytest.raises(ValueError, match="no arm 'cumma'; did you mean 'cuma'"):
+        read_suite(path, arms=["cumma"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

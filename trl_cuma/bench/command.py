@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +23,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--worlds", type=int, nargs="+", default=None, help="other worlds than the suite's")
+    parser.add_argument("--arms", nargs="+", default=None, help="these of the suite's arms only, by key")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        default=None,
+        metavar="RESULTS",
+        help="published results.json: run --worlds with its settings, and say whether they come out as published",
+    )
     parser.add_argument("--data", default=None, help="the file that the suite's `data.path` stands for")
     args = parser.parse_args(argv)
     for name in ("workers", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from .check import check, table
     from .runner import Runner
     from .suite import read_suite
     from .summary import tables
 
-    suite = read_suite(args.suite, worlds=args.worlds, data_path=args.data)
+    published = None if args.check is None else json.loads(args.check.read_text())
+    suite = read_suite(args.suite, worlds=args.worlds, arms=args.arms, data_path=args.data)
     runner = Runner(suite, args.output_dir or Path("runs/bench") / args.suite.stem, args.workers, args.threads)
-    results = runner.run()
-    text = tables(runner, results)
-    runner.write("tables.md", text)
+    if published is None:
+        text = tables(runner, runner.run())
+        runner.write("tables.md", text)
+    else:
+        text = table(check(suite, published, runner.measure(published["chosen"])))
     print(text)
-    print(f"Tables and results: {runner.output_dir}.")
+    print(f"Runs and tables: {runner.output_dir}.")
     return 0

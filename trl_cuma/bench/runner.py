@@ -89,31 +89,47 @@ class Runner:
             for key, value in asdict(suite).items()
             if key in ("data", "base", "training", "reference", "text_encoder")
         }
-        identity = json.loads(json.dumps(identity, default=list))
+        if suite.dpo is not None:
+            identity["dpo"] = {name: getattr(suite.dpo, name) for name in ("steps", "batch_size", "beta")}
+        identity = json.loads(json.dumps(identity))
         identity["arms"] = {arm.key: json.loads(json.dumps(asdict(arm))) for arm in suite.arms}
         path = self.output_dir / "suite.json"
         if path.exists():
             there = json.loads(path.read_text())
             arms = there.pop("arms")
-            differing = [key for key in there if there[key] != identity[key]]
+            differing = [key for key in there.keys() & identity.keys() if there[key] != identity[key]]
             differing += [key for key in arms if key in identity["arms"] and arms[key] != identity["arms"][key]]
             if differing:
                 raise ValueError(
                     f"{self.output_dir} holds the runs of another suite: {differing[0]!r} differs. Choose another "
                     "`--output_dir`, or remove that one."
                 )
-            identity["arms"] = {**arms, **identity["arms"]}
+            identity = {**there, **identity, "arms": {**arms, **identity["arms"]}}
         path.write_text(json.dumps(identity, indent=1) + "\n")
 
     def run(self) -> dict[str, Any]:
-        """All stages in turn: base models, tuning, the reported runs, DPO. Returns `results.json`'s content."""
-        suite, tuning = self.suite, self.suite.tuning
-        worlds = sorted({*tuning.worlds, *suite.worlds})
-        self._all([_Prepare(world) for world in worlds], "Base models")
-        chosen = self.tune()
-        longest = self.longest
+        """All stages in turn: base models, tuning, the reported runs, DPO. Writes and returns `results.json`."""
+        self._prepare(self.suite.tuning.worlds)
+        results = self.measure(self.tune())
+        if self.suite.dpo is not None:
+            results["dpo"] = self._dpo(results["chosen"], self.longest)
+        self.write("results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    def measure(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """
+        The reported SFT runs.
+
+        Args:
+            chosen (`dict`): What `tune` returned, here or where a suite's results were published.
+
+        Returns:
+            `dict`: `suite`, `chosen`, `baselines` (name → world → split → scores) and `sft` (arm → world → run).
+        """
+        suite = self.suite
+        self._prepare(suite.worlds)
         final = [
-            SFTRun(arm.key, world, *chosen[arm.key]["settings"], longest)
+            SFTRun(arm.key, world, *chosen[arm.key]["settings"], self.longest)
             for arm in suite.arms
             for world in suite.worlds
         ]
@@ -130,9 +146,6 @@ class Runner:
                 results["baselines"].setdefault(name, {})[str(world)] = by_split
         for run in final:
             results["sft"][run.arm][str(run.world)] = self.read(run)
-        if suite.dpo is not None:
-            results["dpo"] = self._dpo(chosen, longest)
-        self.write("results.json", json.dumps(results, indent=1) + "\n")
         return results
 
     def tune(self) -> dict[str, Any]:
@@ -153,26 +166,17 @@ class Runner:
             for settings in points
         ]
         self._all(runs, "SFT, tuning")
-        chosen = {}
-        for key, points in grid.items():
-            losses = {
-                settings: float(
-                    np.mean(
-                        [
-                            min(
-                                nll
-                                for _, nll in self.read(SFTRun(key, world, *settings, suite.training.steps))[
-                                    "validation"
-                                ]
-                            )
-                            for world in tuning.worlds
-                        ]
-                    )
-                )
-                for settings in points
-            }
-            chosen[key] = _chosen(losses, tuning.learning_rates)
-        return chosen
+
+        def loss(key: str, settings: tuple[float, float]) -> float:
+            looks = [
+                self.read(SFTRun(key, world, *settings, suite.training.steps))["validation"] for world in tuning.worlds
+            ]
+            return float(np.mean([min(nll for _, nll in world) for world in looks]))
+
+        return {
+            key: _chosen({settings: loss(key, settings) for settings in points}, tuning.learning_rates)
+            for key, points in grid.items()
+        }
 
     def _dpo(self, chosen: dict[str, Any], longest: int) -> dict[str, Any]:
         suite, dpo = self.suite, self.suite.dpo
@@ -205,6 +209,9 @@ class Runner:
         return results
 
     # ------------------------------------------------------------------ runs
+    def _prepare(self, worlds: Iterable[int]) -> None:
+        self._all([_Prepare(world) for world in worlds], "Base models")
+
     @property
     def longest(self) -> int:
         """Steps of a reported run: the largest budget."""

@@ -167,15 +167,18 @@ class Suite:
         if twice:
             raise ValueError(f"Two arms are called {twice[0]!r}. Give them a `name`.")
         for key in itertools.chain(*self.compare, self.dpo.arms if self.dpo else ()):
-            if key not in [*keys, MARGINAL]:
-                raise ValueError(f"There is no arm {key!r}{_nearest(key, keys)}.")
+            if key != MARGINAL:
+                self.arm(key)
         for arm in self.arms:
             if arm.encoder != "field" and self.text_encoder is None:
                 raise ValueError(f"Arm {arm.key!r} has `encoder: {arm.encoder}`, and the suite no `text_encoder`.")
 
     def arm(self, key: str) -> Arm:
         """The arm with this key."""
-        return next(arm for arm in self.arms if arm.key == key)
+        for arm in self.arms:
+            if arm.key == key:
+                return arm
+        raise ValueError(f"There is no arm {key!r}{_nearest(key, [arm.key for arm in self.arms])}.")
 
 
 _PARTS = {
@@ -189,7 +192,11 @@ _PARTS = {
 
 
 def read_suite(
-    path: str | os.PathLike[str], worlds: Sequence[int] | None = None, data_path: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    worlds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+    data_path: str | None = None,
 ) -> Suite:
     """
     Read a suite.
@@ -197,6 +204,7 @@ def read_suite(
     Args:
         path (`str` or `PathLike`): The YAML file.
         worlds (`Sequence[int]`, *optional*): Instead of the suite's `worlds`.
+        arms (`Sequence[str]`, *optional*): Keep only the arms with these keys, and the comparisons between them.
         data_path (`str`, *optional*): Instead of the suite's `data.path`.
 
     Raises:
@@ -215,9 +223,24 @@ def read_suite(
             for key, value in _mapping(content, "the suite").items()
         }
         content["arms"] = [_build(Arm, arm, "arms") for entry in content.get("arms", []) for arm in _product(entry)]
-        return _build(Suite, content, "the suite")
+        suite = _build(Suite, content, "the suite")
+        return suite if arms is None else _only(suite, arms)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _only(suite: Suite, keys: Sequence[str]) -> Suite:
+    for key in keys:
+        suite.arm(key)
+    dpo = None
+    if suite.dpo is not None and any(key in keys for key in suite.dpo.arms):
+        dpo = dataclasses.replace(suite.dpo, arms=tuple(key for key in suite.dpo.arms if key in keys))
+    return dataclasses.replace(
+        suite,
+        arms=[arm for arm in suite.arms if arm.key in keys],
+        compare=[pair for pair in suite.compare if set(pair) <= {*keys, MARGINAL}],
+        dpo=dpo,
+    )
 
 
 def _product(entry: dict[str, Any]) -> list[dict[str, Any]]:
