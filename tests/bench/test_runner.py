@@ -139,7 +139,7 @@ def test_a_failed_run_leaves_nothing_behind(finished, tmp_path, monkeypatch):
 def test_shuffled_profiles_are_other_peoples_and_carry_no_information(finished):
     suite, out = finished
     world = World(read_suite(suite), 0, out / "worlds/0")
-    true, shuffled = world.sft_rows(True, False), world.sft_rows(True, True)
+    true, shuffled = world.sft_rows(True, False, 4), world.sft_rows(True, True, 4)
     assert true["input_ids"] == shuffled["input_ids"]
     people = {}
     for row, other in zip(true, shuffled, strict=True):

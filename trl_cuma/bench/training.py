@@ -62,7 +62,7 @@ def run_sft(
         trainer = (CuMASFTTrainer if is_cuma else SFTTrainer)(
             model=base,
             args=args,
-            train_dataset=world.sft_rows(arm.prompt_profile, arm.of.shuffled),
+            train_dataset=world.sft_rows(arm.prompt_profile, arm.of.shuffled, steps),
             processing_class=world.tokenizer,
             peft_config=config,
             **({"demographic_encoder": encoder} if encoder else {}),

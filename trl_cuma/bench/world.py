@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from ..data.global_opinions import load_global_opinions
 from ..data.simulated import simulate_survey
 from ..data.survey import Answers, Cells, Survey, to_preference_dataset, to_sft_dataset
-from ..demographics import FieldEncoder, TextEncoder
+from ..demographics import FieldEncoder, TextEncoder, encoder_from_state
 from ..evaluation.baselines import AdditiveModel, FactorModel
 from ..evaluation.metrics.cells import summarise_cells
 from ..quickstart.language_model import build_tokenizer, pretrain, probe_profile_reading
@@ -78,6 +78,8 @@ class World:
         for prompt_profile in {arm.prompt_profile for arm in self.suite.arms}:
             self._prepare_rows(prompt_profile, model, tokenizer).save_to_disk(temporary / _rows_name(prompt_profile))
         record = {"seed": self.seed, "probe": probe, "baselines": self._baselines()}
+        for kind in {"field", *(arm.encoder for arm in self.suite.arms)}:
+            (temporary / f"encoder-{kind}.json").write_text(json.dumps(self._fit_encoder(kind).state()))
         (temporary / "world.json").write_text(json.dumps(record))
         shutil.rmtree(self.folder, ignore_errors=True)
         temporary.rename(self.folder)
@@ -130,15 +132,19 @@ class World:
         return AutoTokenizer.from_pretrained(self.model_dir)
 
     def encoder(self, kind: str) -> FieldEncoder | TextEncoder:
-        """A fitted encoder of profiles: `"field"`, `"text"` or `"text_uncentred"`."""
+        """A fitted encoder of profiles: one of `ENCODERS`."""
+        return encoder_from_state(json.loads((self.folder / f"encoder-{kind}.json").read_text()))
+
+    def _fit_encoder(self, kind: str) -> FieldEncoder | TextEncoder:
         if kind == "field":
             encoder = FieldEncoder()
         else:
             path = minilm_path() if self.suite.text_encoder == "minilm" else self.suite.text_encoder
             encoder = TextEncoder(path, centre=kind == "text")
         train = self.survey.answers["train"]
-        profiles = [self.survey.profiles[index] for index in train.profile]
-        return encoder.fit(profiles, person_ids=train.person.tolist())
+        people, first = np.unique(train.person, return_index=True)
+        profiles = [self.survey.profiles[index] for index in train.profile[first]]
+        return encoder.fit(profiles, person_ids=people.tolist())
 
     @cached_property
     def other_profile(self) -> np.ndarray:
@@ -148,10 +154,10 @@ class World:
         rng = np.random.default_rng([self.seed, 1])
         return rng.choice(train.profile[first], size=len(self.survey.profiles))
 
-    def sft_rows(self, prompt_profile: bool, shuffled: bool) -> Dataset:
-        """Tokenized training rows for the longest run."""
+    def sft_rows(self, prompt_profile: bool, shuffled: bool, steps: int) -> Dataset:
+        """Tokenized training rows, as many as the steps see."""
         rows = load_from_disk(str(self.folder / _rows_name(prompt_profile)))
-        return self._of_others(rows, shuffled)
+        return self._of_others(rows.select(range(steps * self.suite.training.batch_size)), shuffled)
 
     def _prepare_rows(
         self, prompt_profile: bool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """What is known about the person an answer is for: fields, canonical text, missing values."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -196,6 +197,7 @@ def _is_missing_object(value: Any) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)  # a data set has many rows and few values
 def _is_missing_text(text: str) -> bool:
     text = re.sub("[\N{RIGHT SINGLE QUOTATION MARK}\N{ACUTE ACCENT}`]", "'", text.casefold())
     text = re.sub(r"\s*([/;,])\s*", r"\1", " ".join(text.split())).rstrip(".;")
