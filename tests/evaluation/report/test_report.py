@@ -1,0 +1,207 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+from __future__ import annotations
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html import unescape
+
+import numpy as np
+import pytest
+
+from trl_cuma.evaluation.report import write_report
+from trl_cuma.evaluation.report.figures import collapse, distributions
+from trl_cuma.evaluation.report.output import write_folder
+from trl_cuma.evaluation.report.svg import DARK, INK, MARGINAL, MODEL, MUTED, PAPER, in_dark
+from trl_cuma.evaluation.report.tables import Table, distribution_table, metrics_table
+from trl_cuma.evaluation.report.text import clean, estimate, number, shorten
+
+FIGURES = {
+    "distributions",
+    "collapse",
+    "calibration",
+    "topology-similarity",
+    "topology-map",
+    "topology-load",
+    "topology-information",
+    "topology-reference",
+    "training",
+}
+
+
+def small() -> dict:
+    metrics = {"emd": {"value": 0.1, "low": 0.09, "high": float("nan"), "n": np.int64(3), "unit": "question"}}
+    bins = [{"mean_predicted": 0.2, "observed": 0.3, "n": 5}, {"mean_predicted": 0.8, "observed": 0.7, "n": 5}]
+    split = {"metrics": metrics, "calibration": {"bins": bins, "ece": 0.1}}
+    return {"version": 1, "model": {"name": "base"}, "splits": {"test": split}}
+
+
+def images(page: str) -> list[str]:
+    return [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
+
+
+def test_the_files_are_for_their_owner_alone(report):
+    assert sorted(path.name for path in report.iterdir()) == ["evaluation.json", "report.html", "tables.md"]
+    assert report.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in report.iterdir()} == {0o600}
+
+
+def test_the_document_is_written_as_it_is(report, example):
+    assert json.loads((report / "evaluation.json").read_text()) == example.evaluation()
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+    folder = write_report(small(), tmp_path / "out", {"score": np.arange(3)})
+    written = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert written["splits"]["test"]["metrics"]["emd"] == {
+        "value": 0.1,
+        "low": 0.09,
+        "high": None,
+        "n": 3,
+        "unit": "question",
+    }
+    with np.load(folder / "cells.npz", allow_pickle=False) as cells:
+        assert cells["score"].tolist() == [0, 1, 2]
+
+
+def test_the_same_evaluation_gives_the_same_files(tmp_path):
+    first, second = (write_report(small(), tmp_path / name, {"score": np.arange(3)}) for name in "ab")
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_report(small(), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="version"):
+        write_report(small() | {"version": 2}, tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        write_folder({"whole.txt": b"text", "no/such/folder.txt": b"text"}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_figure_is_there_in_two_themes_and_two_widths(report):
+    page = (report / "report.html").read_text()
+    figures = re.findall(
+        r'<figure id="s\d+-[a-z0-9-]*?(distributions|collapse|calibration|topology-[a-z]+|training)"', page
+    )
+    assert set(figures) == FIGURES
+    drawn = images(page)
+    assert len(drawn) == 4 * len(FIGURES)
+    for svg in drawn:
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert sum(PAPER in svg for svg in drawn) == sum(DARK[PAPER] in svg for svg in drawn) == 2 * len(FIGURES)
+
+
+def test_every_figure_says_what_it_shows(report):
+    page = (report / "report.html").read_text()
+    said = {name: unescape(alt) for name, alt in re.findall(r'<figure id="s\d+-([^"]+)".*?alt="([^"]+)"', page)}
+    assert len(said) == len(FIGURES)
+    # The example's scatter: predicted entropy is 0.7 true + 0.4, so above it wherever that is under 1.33.
+    assert "1,500 cells" in said["split-test-collapse"]
+    assert "expected calibration error 0.031" in said["split-test-calibration"]
+    assert (
+        "Arvenia, How important is family in your life?: the truth's most frequent option is 1 (0.64)"
+        in (said["split-test-distributions"])
+    )
+    assert "least 0.621 at step 200" in said["training-training"]
+
+
+def test_without_training_answers_figures_leave_the_marginal_out(example):
+    split = example.evaluation()["splits"]["test"]
+    panels = [panel | {"marginal": None} for panel in split["distributions"][:2]]
+    points = {name: values[:10] for name, values in split["collapse"].items()} | {"marginal_entropy": None}
+    for drawing in (distributions("d", panels), collapse("c", points)):
+        assert "prediction" in drawing.wide and "training marginal" not in drawing.wide
+        assert "n/a" in drawing.alt
+    assert distribution_table(panels).rows[0][-1] == "n/a"
+
+
+def test_names_are_text_and_never_markup(report, example):
+    page = (report / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page
+    assert "&lt;b&gt;Cintra&lt;/b&gt;" in page and "$Delmar$" in page
+    assert example.ATTACK in unescape(page)
+    for svg in images(page):
+        assert "<b>" not in svg
+    assert any("$Delmar$" in svg for svg in images(page))
+
+
+def test_the_page_loads_nothing(report):
+    page = (report / "report.html").read_text()
+    assert "default-src 'none'" in page
+    targets = re.findall(r'(?:src|srcset|href)="([^"]{0,5})', page)
+    assert targets and all(target.startswith(("data:", "#")) for target in targets)
+    assert "url(" not in page and "@import" not in page
+    for svg in images(page):
+        links = re.findall(r'href="(.{0,10})', svg)
+        assert all(link.startswith(("#", "data:image")) for link in links)
+
+
+def test_a_missing_value_has_its_reason():
+    metrics = {"collapse_index": {"value": None, "low": None, "high": None, "n": 4, "unit": "question", "note": "why"}}
+    name, value, _, n, unit, about = metrics_table(metrics).rows[0]
+    assert (value, n, unit) == ("n/a", "4", "question")
+    assert about.startswith("why; ")
+
+
+def test_the_markdown_has_the_page_s_numbers(report):
+    text = (report / "tables.md").read_text()
+    assert "| test | 0.103 [0.091, 0.115] | 0.412 [0.371, 0.449] | 1.100 [1.050, 1.150] |" in text
+    assert "\\<b\\>Cintra\\</b\\>" in text and not re.search(r"(?<!\\)<", text)
+
+
+def test_a_table_keeps_its_columns_whatever_a_name_holds():
+    table = Table("a | b", ["x|y", "n"], [["1 | 2\n[3](4)", "5"]])
+    lines = table.markdown().splitlines()
+    assert lines[0] == "**a \\| b**"
+    assert lines[2:] == ["| x\\|y | n |", "| :--- | ---: |", "| 1 \\| 2 [3]\\(4) | 5 |"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"value": 0.10349, "low": 0.0912, "high": 0.1147}, "0.103 [0.091, 0.115]"),
+        ({"value": 1, "low": None, "high": None}, "1.000"),
+        ({"value": -0.0001, "low": -0.2, "high": 0.1}, "0.000 [-0.200, 0.100]"),
+        ({"value": float("nan"), "low": 0.0, "high": 1.0}, "n/a"),
+        ({"value": None}, "n/a"),
+        (None, "n/a"),
+    ],
+)
+def test_estimates_have_one_form(entry, text):
+    assert estimate(entry) == text
+
+
+def test_whole_numbers_are_counts():
+    assert (number(12345), number(0.5), number(None)) == ("12,345", "0.500", "n/a")
+
+
+def test_names_are_made_one_line():
+    assert clean("a\x00b\n c\ud800") == "ab c"
+    assert clean("می\u200cخواهم") == "می\u200cخواهم"  # a joiner that Persian needs
+    assert shorten("The United Republic of Eastern Fenwick", 24) == "The United Republic of…"
+    assert shorten("x" * 30, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_stand_out_from_the_background(dark):
+    def luminance(color: str) -> float:  # WCAG 2.2, relative luminance
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for color in (INK, MUTED, MODEL, MARGINAL):
+        pair = [luminance(DARK[each] if dark else each) for each in (color, PAPER)]
+        assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5  # AA, normal text
+
+
+def test_the_dark_theme_leaves_names_alone():
+    assert in_dark(f'<text fill="{INK}">{INK}</text>') == f'<text fill="{DARK[INK]}">{INK}</text>'

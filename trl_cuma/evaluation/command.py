@@ -1,0 +1,292 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""`trl-cuma evaluate …` and `trl-cuma compare …`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+logger = logging.getLogger(__name__)
+
+
+def main_evaluate(argv: Sequence[str]) -> int:
+    """
+    Measure a model, and write a report.
+
+    Args:
+        argv (`Sequence[str]`): What follows `trl-cuma evaluate`.
+
+    Returns:
+        `int`: 0. What is wrong with the input is raised; the command line prints it.
+    """
+    args = _evaluate_parser().parse_args(list(argv))
+    _check(args)
+    from .report import check_output_dir
+
+    check_output_dir(args.output_dir)  # before anything that takes long
+
+    import torch
+    from accelerate import PartialState
+
+    from .report import write_report
+
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes without a GPU are not seen
+    evaluation, cells = _evaluate(args, state.is_main_process)
+    if state.is_main_process:
+        folder = write_report(evaluation, args.output_dir, cells)
+        print((folder / "tables.md").read_text(encoding="utf-8").split("\n## Split")[0].rstrip())
+        print(f"\nWritten to {folder}: report.html, tables.md, evaluation.json, cells.npz.")
+    return 0
+
+
+def main_compare(argv: Sequence[str]) -> int:
+    """
+    Put evaluations side by side.
+
+    Args:
+        argv (`Sequence[str]`): What follows `trl-cuma compare`.
+
+    Returns:
+        `int`: 0. What is wrong with the input is raised; the command line prints it.
+    """
+    args = _compare_parser().parse_args(list(argv))
+    if args.num_samples < 1:
+        raise ValueError(f"`--num_samples` is {args.num_samples}, expected 1 or more.")
+    from .compare import compare_runs, comparison_markdown, write_comparison
+    from .report import check_output_dir
+
+    if args.output_dir:
+        check_output_dir(args.output_dir)
+    comparison = compare_runs(args.runs, num_samples=args.num_samples, seed=args.seed)
+    print(comparison_markdown(comparison).rstrip())
+    if args.output_dir:
+        folder = write_comparison(comparison, args.output_dir)
+        print(f"\nWritten to {folder}: comparison.html, comparison.md, comparison.json.")
+    return 0
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-cuma evaluate",
+        description="Measure how a model predicts the answers of people and groups that were held out, and write a "
+        "report: report.html, tables.md, evaluation.json, and cells.npz for `trl-cuma compare`.",
+        epilog="Example: trl-cuma evaluate --adapter runs/cuma --data data/wvb --group_by country religion "
+        "--output_dir evaluations/cuma. On several GPUs: accelerate launch -m trl_cuma.cli evaluate …",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default=None, help="id or folder of a causal language model; default: the adapter's base")
+    add("--adapter", default=None, help="folder or id of a PEFT adapter of any kind")
+    add("--data", required=True, help="what `trl-cuma prepare` wrote, or rows like it; or the id of a data set")
+    add("--data_config", default=None, help="configuration of the data set")
+    add("--split", nargs="+", default=["test"], help="splits to evaluate; default: test")
+    add("--train_split", default="train", help="whose answers make the training marginal; default: train")
+    add("--output_dir", type=Path, required=True, help="a folder that is not there yet")
+    group = parser.add_argument_group("rows")
+    group.add_argument("--answer_by", choices=("letter", "text"), default="letter", help="what a row answers")
+    group.add_argument("--demographic_column", default="demographic", help="default: demographic")
+    group.add_argument("--person_column", default="person_id", help="default: person_id")
+    group.add_argument("--limit", type=int, default=None, help="evaluate so many rows of each split, drawn evenly")
+    group.add_argument("--max_bad_share", type=float, default=0.01, help="of rows, where it stops; default: 0.01")
+    group = parser.add_argument_group("measures")
+    group.add_argument(
+        "--group_by", nargs="+", default=None, metavar="FIELD", help="fields; default: all, country first"
+    )
+    group.add_argument(
+        "--min_group_size", type=int, default=30, help="people; smaller groups are never named; default: 30"
+    )
+    group.add_argument("--permutations", type=int, default=0, help="orders of the options to average; default: 0")
+    group.add_argument("--num_samples", type=int, default=2000, help="draws of the bootstrap; default: 2000")
+    group.add_argument("--seed", type=int, default=0, help="of whatever is drawn; default: 0")
+    group.add_argument(
+        "--topology_prompts", type=int, default=8, help="questions to route; 0: no topology; default: 8"
+    )
+    group.add_argument("--reference_map", type=Path, default=None, help="CSV of group, x, y, to hold the map against")
+    group = parser.add_argument_group("model")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the model's own")
+    group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to NF4 (bitsandbytes)")
+    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch; default: 8192")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-cuma compare",
+        description="Put evaluations side by side, with intervals. Where they are of the same cells and answers, the "
+        "differences to the first are paired: both are resampled together.",
+        epilog="Example: trl-cuma compare evaluations/lora evaluations/cuma --output_dir evaluations/comparison",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `trl-cuma evaluate` wrote")
+    parser.add_argument("--output_dir", type=Path, default=None, help="default: print the tables alone")
+    parser.add_argument("--num_samples", type=int, default=2000, help="draws of the bootstrap; default: 2000")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.model is None and args.adapter is None:
+        raise ValueError("Name what to evaluate: `--model`, `--adapter`, or both.")
+    least = {"limit": 1, "min_group_size": 1, "permutations": 0, "num_samples": 1, "topology_prompts": 0}
+    for name, low in (least | {"batch_tokens": 1}).items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"`--{name}` is {value}, expected {low} or more.")
+    if args.reference_map is not None and not args.reference_map.is_file():
+        raise FileNotFoundError(f"`--reference_map` {args.reference_map} is no file.")
+
+
+def _check_fields(args: argparse.Namespace, feature: Any) -> None:
+    """Before anything is predicted, where the data says which fields its profiles have."""
+    missing = [field for field in args.group_by or [] if isinstance(feature, Mapping) and field not in feature]
+    if missing:
+        raise ValueError(f"`--group_by` names {missing[0]!r}, which no profile has. Name some of {sorted(feature)}.")
+
+
+def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The document and the cells; in other processes than the main one, whose results nobody reads, empty."""
+    from .evaluation_data import MARGINAL_ROWS, Wording, load_splits, sample_rows, training_marginal
+    from .rows import read_rows
+    from .scoring import grouping_fields, score_prediction
+    from .survey import predict_rows
+
+    columns = {name: getattr(args, name) for name in ("answer_by", "demographic_column", "person_column")}
+    splits, train = load_splits(args.data, args.data_config, args.split, args.train_split)
+    splits = {name: sample_rows(rows, args.limit, args.seed) for name, rows in splits.items()}
+    for rows in splits.values():
+        _check_fields(args, rows.features.get(args.demographic_column))
+    model, tokenizer, about = _load(args)
+    marginal = {}
+    if is_main and train is not None:
+        known = read_rows(sample_rows(train, MARGINAL_ROWS, args.seed), show_progress=True, **columns)
+        marginal = training_marginal(known)
+    document: dict[str, Any] = {"version": 1, "model": about, "splits": {}}
+    cells: dict[str, np.ndarray] = {}
+    for number, (name, rows) in enumerate(splits.items()):
+        prediction = predict_rows(
+            model,
+            tokenizer,
+            rows,
+            permutations=args.permutations,
+            max_bad_share=args.max_bad_share,
+            max_batch_tokens=args.batch_tokens,
+            **columns,
+        )
+        if not is_main:
+            continue
+        wording = Wording(rows, **columns)
+        scores, tables = score_prediction(
+            prediction,
+            marginal,
+            group_by=args.group_by,
+            questions=wording.questions,
+            min_group_size=args.min_group_size,
+            num_samples=args.num_samples,
+            seed=args.seed,
+        )
+        document["splits"][name] = scores
+        cells[f"{name}/key"] = np.array(_key(prediction))
+        for table, values in tables.items():
+            cells |= values.arrays(f"{name}/{table}")
+        about.setdefault("prompt_profile", wording.prompt_profile)
+        if number == 0 and args.topology_prompts:
+            fields = grouping_fields(prediction, args.group_by)
+            document["topology"] = _topology(args, model, tokenizer, rows, list(wording.prompts.values()), fields)
+    if is_main and args.adapter and (log := _training_log(Path(args.adapter))):
+        document["training"] = {"log_history": log}
+    return document, cells
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and what the document says of them."""
+    import torch
+    from accelerate import PartialState
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    import trl_cuma  # noqa: F401  its adapters can be loaded from here on
+
+    name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    if not name:
+        raise ValueError(f"The adapter {args.adapter} doesn't say which model it is for. Name it with `--model`.")
+    quantization = None
+    if args.load_in_4bit:
+        compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=args.dtype,
+        quantization_config=quantization,
+        device_map={"": PartialState().device},
+        trust_remote_code=args.trust_remote_code,
+    )
+    about: dict[str, Any] = {"name": str(name), "adapter": args.adapter, "parameters_trained": None}
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter)
+        about["parameters_trained"] = sum(values.numel() for values in get_peft_model_state_dict(model).values())
+    # What training saved beside the adapter may have another chat template.
+    own = args.adapter and (Path(args.adapter) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(args.adapter if own else name, trust_remote_code=args.trust_remote_code)
+    return model.eval(), tokenizer, about
+
+
+def _topology(
+    args: argparse.Namespace, model: Any, tokenizer: Any, rows: Any, prompts: Sequence[Any], fields: Sequence[str]
+) -> dict[str, Any] | None:
+    """The topology's document; without one where nothing is routed by profile, or people can't be told apart."""
+    from .evaluation_data import people_of
+    from .topology import evaluate_topology
+    from .vectors import demographic_table
+
+    table = demographic_table(model)
+    if table is None or not fields:
+        return None
+    if not prompts:
+        logger.warning("No topology: the prompts state the profile, or no question is asked of two profiles.")
+        return None
+    profiles, are_people = people_of(rows, args.demographic_column, args.person_column)
+    chosen = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), args.topology_prompts)).astype(int))
+    options = dict(table=table, min_group_size=args.min_group_size if are_people else 1, seed=args.seed)
+    options |= dict(reference=args.reference_map, show_progress=True)
+    try:
+        found = evaluate_topology(model, tokenizer, [prompts[i] for i in chosen], profiles, fields[:1], **options)
+    except ValueError as error:  # too few people, say: no reason to lose what was measured
+        logger.warning("No topology: %s", error)
+        return None
+    return found.to_dict()
+
+
+def _training_log(adapter: Path) -> list[dict[str, Any]]:
+    """The trainer's log, of the adapter's folder or of its last checkpoint; empty where there is none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(adapter)) if adapter.is_dir() else None
+    for folder in (adapter, last and Path(last)):
+        if folder and (folder / "trainer_state.json").is_file():
+            return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
+    return []
+
+
+def _key(prediction: Any) -> str:
+    """Of which cells and answers a prediction is: equal for every model that is asked the same."""
+    digest = hashlib.sha256()
+    parts: Mapping[str, Any] = {
+        name: getattr(prediction, name)
+        for name in ("question_id", "num_options", "profile", "truth", "answer_cell", "answer_choice", "answer_weight")
+    }
+    for name, values in parts.items():
+        digest.update(name.encode())
+        if values is not None:
+            text = "\n".join(values.tolist()) if values.dtype.kind == "U" else None
+            digest.update(text.encode() if text is not None else np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
