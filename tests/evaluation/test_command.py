@@ -202,13 +202,16 @@ def test_two_runs_are_compared(runs, tmp_path, capsys):
         (["--group_by", "shoe_size"], "'shoe_size', which no profile has"),
         (["--limit", "0"], "`--limit` is 0"),
         (["--max_bad_share", "0"], "1 of 145 rows"),
+        (["--judge", "judge"], "are for rows of `prompt`, `chosen` and `rejected`; these are none"),
     ],
 )
 def test_what_is_wrong_is_one_line(folder, tmp_path, capsys, extra, message):
     arguments = ["--adapter", str(folder / "lora"), "--data", str(folder / "data"), "--max_bad_share", "0.1"]
     assert main(["evaluate", *arguments, "--output_dir", str(tmp_path / "out"), *extra]) == 2
-    assert "trl-cuma evaluate: error: " in (said := capsys.readouterr().err) and message in said
+    out, said = capsys.readouterr()
+    assert "trl-cuma evaluate: error: " in said and message in said
     assert "Traceback" not in said
+    assert not out or out.splitlines()[0].endswith("rows, taken for answers to a survey.")
     assert not (tmp_path / "out").exists()
 
 

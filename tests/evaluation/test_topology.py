@@ -280,7 +280,21 @@ def test_a_field_with_one_group_tells_nothing(model, tokenizer) -> None:
     found = evaluate_topology(model, tokenizer, ["a"], rows, ["country"], min_group_size=4, permutations=9)
     document = found.to_dict()
     assert document["mutual_information"]["planet"] == document["mutual_information"]["id"] == []
-    assert document["mutual_information_mean"]["planet"] is None
+    assert document["mutual_information_mean"]["planet"]["value"] is None
+    assert "all people are in one group" in document["mutual_information_mean"]["planet"]["note"]
+
+
+def test_where_each_profile_is_a_group_there_is_nothing_to_permute() -> None:
+    """Whichever country has which profile, the experts tell as much of it: 0 above chance, whatever the routing."""
+    values = {"country": list("ABCDEF"), "region": ["East", "West"] * 3}
+    routing = random_routing(6)
+    found = map_topology(routing, np.arange(6), values, ["country"], min_group_size=1, permutations=9).to_dict()
+    assert found["mutual_information"]["country"] == []
+    mean = found["mutual_information_mean"]
+    assert mean["country"]["value"] is mean["country"]["p"] is None and "group of its own" in mean["country"]["note"]
+    assert mean["region"]["p"] > 0 and "note" not in mean["region"]  # three countries each
+    mixed = expert_information(routing.load, np.arange(6), np.arange(6), 9, seed=0)
+    np.testing.assert_allclose(mixed.value, 0, atol=1e-9)  # what would have been reported
 
 
 def test_what_cannot_be_mapped_is_an_error(make_adapter, model, tokenizer) -> None:

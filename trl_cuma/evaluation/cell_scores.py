@@ -83,6 +83,12 @@ FORMULAS = {
     "position_bias": Formula(("answers", "cells"), ("position_bias",)),
 }
 
+CHOICES = {
+    name: Formula(("own_choices",), (name,))
+    for name in ("pair_accuracy", "pair_accuracy_per_token", "choice_accuracy", "choice_accuracy_per_token")
+}
+"""Of people's choices between texts; a split holds these or a survey's."""
+
 
 def measure(
     name: str,
@@ -93,10 +99,10 @@ def measure(
     seed: int = 0,
 ) -> tuple[Estimate, str] | None:
     """
-    A metric of [`FORMULAS`] with its interval, or how much it differs from another run's on the same rows.
+    A metric of [`FORMULAS`] or [`CHOICES`] with its interval, or how much it differs from another run's on the same rows.
 
     Args:
-        name (`str`): A key of `FORMULAS`.
+        name (`str`): A key of one of them.
         tables (`Mapping[str, Scores]`): `"cells"` and, of individuals, `"answers"`.
         against (`Mapping[str, Scores]`, *optional*): The same of the other run; the estimate is this one's metric less
             the other's, resampled in pairs.
@@ -106,7 +112,7 @@ def measure(
         The estimate, over the rows that have all its numbers, and the unit that was resampled; `None` where there is
         no such row.
     """
-    formula = FORMULAS[name]
+    formula = FORMULAS.get(name) or CHOICES[name]
     table = next((table for table in formula.tables if table in tables), None)
     runs = [tables] if against is None else [tables, against]
     if table is None or any(column not in run[table].columns for run in runs for column in formula.columns):

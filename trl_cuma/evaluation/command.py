@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from . import generation_document as generation
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def main_evaluate(argv: Sequence[str]) -> int:
     evaluation, cells = _evaluate(args, state.is_main_process)
     if state.is_main_process:
         folder = write_report(evaluation, args.output_dir, cells)
-        print((folder / "tables.md").read_text(encoding="utf-8").split("\n## Split")[0].rstrip())
+        print("\n## ".join((folder / "tables.md").read_text(encoding="utf-8").split("\n## ")[:2]).rstrip())
         print(f"\nWritten to {folder}: report.html, tables.md, evaluation.json, cells.npz.")
     return 0
 
@@ -78,7 +80,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-cuma evaluate",
         description="Measure how a model predicts the answers of people and groups that were held out, and write a "
-        "report: report.html, tables.md, evaluation.json, and cells.npz for `trl-cuma compare`.",
+        "report: report.html, tables.md, evaluation.json, and cells.npz for `trl-cuma compare`. Rows of questions "
+        "with options (`num_options`) are survey answers; rows of `prompt`, `chosen` and `rejected` without options "
+        "are people's choices between texts.",
         epilog="Example: trl-cuma evaluate --adapter runs/cuma --data data/wvb --group_by country religion "
         "--output_dir evaluations/cuma. On several GPUs: accelerate launch -m trl_cuma.cli evaluate …",
         allow_abbrev=False,
@@ -116,6 +120,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to NF4 (bitsandbytes)")
     group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch; default: 8192")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    generation.add_arguments(parser)
     return parser
 
 
@@ -142,6 +147,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"`--{name}` is {value}, expected {low} or more.")
+    generation.check_arguments(args)
     if args.reference_map is not None and not args.reference_map.is_file():
         raise FileNotFoundError(f"`--reference_map` {args.reference_map} is no file.")
 
@@ -156,23 +162,38 @@ def _check_fields(args: argparse.Namespace, feature: Any) -> None:
 def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The document and the cells; in other processes than the main one, whose results nobody reads, empty."""
     from .evaluation_data import MARGINAL_ROWS, Wording, load_splits, sample_rows, training_marginal
+    from .preference_rows import row_kind, sample_choices
     from .rows import read_rows
     from .scoring import grouping_fields, score_prediction
     from .survey import predict_rows
 
     columns = {name: getattr(args, name) for name in ("answer_by", "demographic_column", "person_column")}
     splits, train = load_splits(args.data, args.data_config, args.split, args.train_split)
-    splits = {name: sample_rows(rows, args.limit, args.seed) for name, rows in splits.items()}
-    for rows in splits.values():
+    surveys, choices = {}, {}
+    for name, rows in splits.items():
         _check_fields(args, rows.features.get(args.demographic_column))
-    model, tokenizer, about = _load(args)
+        if row_kind(rows) == "survey":
+            rows, taken = sample_rows(rows, args.limit, args.seed), "answers to a survey"
+            surveys[name] = rows
+        else:
+            rows = sample_choices(rows, args.limit, args.person_column, args.seed)
+            choices[name], taken = rows, "people's choices between texts"
+        if is_main:
+            print(f"Split {name!r}: {len(rows):,} rows, taken for {taken}.")
+    to_draw = generation.rows_to_draw(args)
+    if to_draw and not choices:
+        raise ValueError(
+            "`--judge` and `--generate` are for rows of `prompt`, `chosen` and `rejected`; these are none."
+        )
+    judge = generation.make_judge(args) if args.judge and is_main else None
+    model, tokenizer, about = _load(args, args.model, args.adapter)
     marginal = {}
-    if is_main and train is not None:
+    if is_main and train is not None and surveys:
         known = read_rows(sample_rows(train, MARGINAL_ROWS, args.seed), show_progress=True, **columns)
         marginal = training_marginal(known)
     document: dict[str, Any] = {"version": 1, "model": about, "splits": {}}
     cells: dict[str, np.ndarray] = {}
-    for number, (name, rows) in enumerate(splits.items()):
+    for number, (name, rows) in enumerate(surveys.items()):
         prediction = predict_rows(
             model,
             tokenizer,
@@ -202,12 +223,33 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
         if number == 0 and args.topology_prompts:
             fields = grouping_fields(prediction, args.group_by)
             document["topology"] = _topology(args, model, tokenizer, rows, list(wording.prompts.values()), fields)
+    if choices:
+        found, arrays = generation.own_choices(args, model, tokenizer, choices)
+        document["generation"] = {"own_choices": found}
+        cells |= arrays
+        rows = next(iter(choices.values()))
+        stated, prompts, fields = generation.prompts_and_fields(args, rows)
+        about.setdefault("prompt_profile", stated)
+        if is_main and args.topology_prompts and not surveys:
+            document["topology"] = _topology(args, model, tokenizer, rows, prompts, fields)
+    if to_draw:
+        drawn = generation.draw(args, model, tokenizer, choices)
+        answers = [generation.write_answers(args, model, tokenizer, about, drawn)]
+        if args.judge and args.against is None:
+            with model.disable_adapter():
+                answers.append(generation.write_answers(args, model, tokenizer, about | {"adapter": None}, drawn))
+        elif args.judge:
+            del model  # there may be no room for two
+            model, tokenizer, other = _load(args, *generation.read_against(args))
+            answers.append(generation.write_answers(args, model, tokenizer, other, drawn))
+        if is_main:
+            document["generation"]["answers"] = generation.answers_document(args, drawn, answers, judge)
     if is_main and args.adapter and (log := _training_log(Path(args.adapter))):
         document["training"] = {"log_history": log}
     return document, cells
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def _load(args: argparse.Namespace, model_id: str | None, adapter: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer, and what the document says of them."""
     import torch
     from accelerate import PartialState
@@ -216,9 +258,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
     import trl_cuma  # noqa: F401  its adapters can be loaded from here on
 
-    name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    name = model_id or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
-        raise ValueError(f"The adapter {args.adapter} doesn't say which model it is for. Name it with `--model`.")
+        raise ValueError(f"The adapter {adapter} doesn't say which model it is for. Name it with `--model`.")
     quantization = None
     if args.load_in_4bit:
         compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -230,13 +272,13 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         device_map={"": PartialState().device},
         trust_remote_code=args.trust_remote_code,
     )
-    about: dict[str, Any] = {"name": str(name), "adapter": args.adapter, "parameters_trained": None}
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
+    about: dict[str, Any] = {"name": str(name), "adapter": adapter, "parameters_trained": None}
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
         about["parameters_trained"] = sum(values.numel() for values in get_peft_model_state_dict(model).values())
     # What training saved beside the adapter may have another chat template.
-    own = args.adapter and (Path(args.adapter) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(args.adapter if own else name, trust_remote_code=args.trust_remote_code)
+    own = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(adapter if own else name, trust_remote_code=args.trust_remote_code)
     return model.eval(), tokenizer, about
 
 

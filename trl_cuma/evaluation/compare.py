@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .cell_scores import FORMULAS, Scores, measure
+from .cell_scores import CHOICES, FORMULAS, Scores, measure
 from .report import VERSION, plain
 from .report.forest import differences_drawing
 from .report.output import write_folder
@@ -33,7 +33,8 @@ class Run:
     cells: dict[str, np.ndarray]
 
     def tables(self, split: str) -> dict[str, Scores]:
-        found = {table: Scores.from_arrays(self.cells, f"{split}/{table}") for table in ("answers", "cells")}
+        names = ("answers", "cells", "own_choices")
+        found = {table: Scores.from_arrays(self.cells, f"{split}/{table}") for table in names}
         return {table: scores for table, scores in found.items() if scores is not None}
 
     def key(self, split: str) -> str | None:
@@ -136,6 +137,8 @@ def _load(folder: Path, name: str) -> Run:
         raise ValueError(f"{path} is no evaluation. Name folders that `trl-cuma evaluate` wrote.") from None
     if version[0] != VERSION:
         raise ValueError(f"{path} is of version {version[0]!r}, expected {VERSION}. Evaluate again.")
+    for split, own in ((evaluation.get("generation") or {}).get("own_choices") or {}).items():
+        evaluation["splits"][split] = {"metrics": {metric: own["metrics"][metric] for metric in CHOICES}}
     cells: dict[str, np.ndarray] = {}
     if (folder / "cells.npz").is_file():
         with np.load(folder / "cells.npz", allow_pickle=False) as arrays:
@@ -162,7 +165,7 @@ def _difference(first: Run, run: Run, split: str, num_samples: int, seed: int) -
         if {"cells"} <= tables.keys() & against.keys() and not _same_rows(tables["cells"], against["cells"]):
             tables.pop("cells")
             note = "distributions not paired: the runs group people by other fields or sizes"
-        for name in FORMULAS:
+        for name in (*FORMULAS, *CHOICES):
             values = [each.evaluation["splits"][split]["metrics"].get(name, {}).get("value") for each in (first, run)]
             # A metric that is n/a in one of the runs has no difference, such as an index without a denominator.
             if None not in values and (found := measure(name, tables, against, num_samples=num_samples, seed=seed)):

@@ -53,7 +53,8 @@ def expert_information(
     Args:
         shares (`np.ndarray` of shape `(profiles, routers, experts)`): sums to 1 over the experts.
         profile (`np.ndarray` of shape `(people,)`): index into these.
-        codes (`np.ndarray` of shape `(people,)`): each person's group, from 0; none is empty.
+        codes (`np.ndarray` of shape `(people,)`): each person's group, from 0; none is empty. Some group must have two
+            people: where each person is a group, any permutation tells as much, and the value would be 0 for all.
         permutations (`int`): of the people.
         seed (`int`): of these.
     """

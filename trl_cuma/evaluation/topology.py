@@ -30,6 +30,9 @@ from .vectors import demographic_table
 DEAD = 0.01
 """An expert with less than this part of an even load is dead, as in the trainers' logs."""
 
+ONE_GROUP = "all people are in one group"
+OWN_GROUPS = "each profile is a group of its own: a random assignment gives as much by construction"
+
 
 @dataclass(frozen=True, eq=False)
 class Topology:
@@ -49,7 +52,8 @@ class Topology:
         order (`np.ndarray` of shape `(groups,)`): of the groups, for a heat map: the hierarchical clustering's leaves.
         map (`np.ndarray` of shape `(groups, 2)`): the groups in the plane.
         map_share (`float`): the share of the squared distances that the plane shows.
-        mutual_information (`dict`): field → [`ExpertInformation`], `None` where all people are in one group.
+        mutual_information (`dict`): field → [`ExpertInformation`], or a text that says why there is none: all people
+            are in one group, or each is in one of their own, as the countries of published cells are.
         dead_experts (`dict`): router → experts with less than 1 % of an even load in every group.
         reference ([`ReferenceComparison`], *optional*): against the reference map.
     """
@@ -66,7 +70,7 @@ class Topology:
     order: np.ndarray
     map: np.ndarray
     map_share: float
-    mutual_information: dict[str, ExpertInformation | None]
+    mutual_information: dict[str, ExpertInformation | str]
     dead_experts: dict[str, list[int]]
     reference: ReferenceComparison | None
 
@@ -88,7 +92,7 @@ class Topology:
             "map_share": round(self.map_share, 6),
             "mutual_information": {
                 field: []
-                if found is None
+                if isinstance(found, str)
                 else [
                     {"router": router, "value": value, "expected_under_null": expected, "p": p}
                     for router, value, expected, p in zip(
@@ -98,8 +102,8 @@ class Topology:
                 for field, found in self.mutual_information.items()
             },
             "mutual_information_mean": {
-                field: None
-                if found is None
+                field: {"value": None, "expected_under_null": None, "p": None, "note": found}
+                if isinstance(found, str)
                 else {"value": found.mean_value, "expected_under_null": found.mean_expected, "p": found.mean_p}
                 for field, found in self.mutual_information.items()
             },
@@ -246,12 +250,15 @@ def map_topology(
     counts = count_people(codes, profile, len(groups), len(shares))
     of_group = group_means(counts, shares)
     distance = _jensen_shannon(of_group)
-    information = {}
+    information: dict[str, ExpertInformation | str] = {}
     for field, column in values.items():
         names, of_person = _shown_groups(column, min_group_size)
-        information[field] = (
-            expert_information(shares, profile, of_person, permutations, seed) if len(names) > 1 else None
-        )
+        if len(names) == 1:
+            information[field] = ONE_GROUP
+        elif len(names) == len(profile):
+            information[field] = OWN_GROUPS
+        else:
+            information[field] = expert_information(shares, profile, of_person, permutations, seed)
     dead = (of_group < DEAD / experts).all(0)
     named = [row for row, group in enumerate(groups) if group != OTHER]
     plane, plane_share = classical_map(distance)

@@ -8,7 +8,9 @@ from scipy import stats
 from trl_cuma.evaluation.metrics import (
     bootstrap_interval,
     bootstrap_weights,
+    cluster_draws,
     detectable_effect,
+    intervals,
     prediction_interval,
     sign_flip_test,
     t_interval,
@@ -62,6 +64,27 @@ def test_the_same_seed_pairs_two_calls():
     values = np.random.default_rng(0).normal(size=50)
     assert bootstrap_interval(values, [np.arange(50)]) == bootstrap_interval(values, [np.arange(50)])
     assert bootstrap_interval(values, [np.arange(50)]) != bootstrap_interval(values, [np.arange(50)], seed=1)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("cells", [8, 3000])
+def test_sums_of_clusters_give_the_interval_of_the_rows(columns, cells, monkeypatch):
+    """Against every row's weight in every draw; rows of the same clusters come often, and seldom. Some draw no row."""
+    rng = np.random.default_rng(0)
+    rows = 40 if cells == 8 else 400
+    clusters = [rng.permutation(cells)[rng.integers(size, size=rows)] for size in (cells, cells // 2, 3)][:columns]
+    values, survey = rng.normal(size=(rows, 2)), rng.random(rows)
+    monkeypatch.setattr(cluster_draws, "COUNTS_AT_ONCE", 3 * cells)  # several chunks, the last one shorter
+    table = np.column_stack([values, np.ones(rows)]) * survey[:, None]
+    sums = np.stack([weights @ table for weights in bootstrap_weights(clusters, 50, seed=4)])
+    found = cluster_draws.drawn_sums(table, cluster_draws.cluster_codes(clusters), 50, 4)
+    np.testing.assert_allclose(found, sums, rtol=1e-12, atol=1e-12)
+    assert ((found == 0) == (sums == 0)).all()
+    interval = bootstrap_interval(values, clusters, np.subtract, weights=survey, num_samples=50, seed=4)
+    with np.errstate(invalid="ignore"):
+        means = sums[:, :2] / sums[:, 2:]
+    expected = intervals.percentiles(means[:, 0] - means[:, 1], interval.n, 0.95)
+    assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-12)
 
 
 def coverage(num_people: int, num_questions: int, spread: tuple[float, float, float], crossed: bool) -> float:

@@ -20,6 +20,7 @@ def example() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def report(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(example.evaluation(), tmp_path_factory.mktemp("report") / "new" / "folder")
+@pytest.fixture(scope="session", params=["small", pytest.param("large", marks=pytest.mark.slow)])
+def report(example: ModuleType, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    evaluation = example.evaluation(*example.SIZES[request.param])
+    return write_report(evaluation, tmp_path_factory.mktemp("report") / "new" / "folder")

@@ -9,11 +9,13 @@ import numpy as np
 
 GROUPS = ["Arvenia", "Bosk & Törv", "<b>Cintra</b>", "$Delmar$", "The United Republic of Eastern Fenwick", "Other"]
 QUESTIONS = ["How important is family in your life?", "Is it justifiable to avoid a fare on public transport?"]
+# Groups, routers and panels: the fewest that every figure can be drawn of, and as many as people's reports have.
+SIZES = {"small": (4, 3, 4), "large": (6, 8, 12)}
 ATTACK = '"><script>document.title="attacked"</script>'
 
 
-def evaluation(num_groups: int = 6, num_routers: int = 8) -> dict[str, Any]:
-    """An evaluation of two splits, with topology and training."""
+def evaluation(num_groups: int = 4, num_routers: int = 3, num_panels: int = 4) -> dict[str, Any]:
+    """An evaluation of two splits, with answers, topology and training."""
     rng = np.random.default_rng(0)
     return {
         "version": 1,
@@ -23,8 +25,11 @@ def evaluation(num_groups: int = 6, num_routers: int = 8) -> dict[str, Any]:
             "parameters_trained": 1_234_567,
             "prompt_profile": False,
         },
-        "splits": {"test": _split(rng), "held-out countries": {"counts": {"rows": 12}, "metrics": _metrics(0.02)}},
-        "generation": {"win_rate": {"value": 0.61, "low": 0.55, "high": 0.67}, "ties": 12, "judge": ATTACK},
+        "splits": {
+            "test": _split(rng, num_panels),
+            "held-out countries": {"counts": {"rows": 12}, "metrics": _metrics(0.02)},
+        },
+        "generation": {"own_choices": {"test": _own_choices()}, "answers": {"test": _answers()}},
         "topology": _topology(rng, num_groups, num_routers),
         "training": {
             "log_history": [
@@ -56,7 +61,85 @@ def _metrics(shift: float) -> dict[str, Any]:
     }
 
 
-def _split(rng: np.random.Generator) -> dict[str, Any]:
+def _own_choices() -> dict[str, Any]:
+    names = {"pair_accuracy": 0.5712, "pair_accuracy_per_token": 0.5534, "pair_accuracy_longer": 0.588}
+    names |= {"choice_accuracy": 0.331, "choice_accuracy_per_token": 0.322, "choice_chance": 0.262}
+    return {
+        "counts": {
+            "rows": 3120,
+            "choices": 1050,
+            "pairs": 3101,
+            "people": 141,
+            "prompts": 998,
+            "ties": 2,
+            "bad_rows": {"longer than the model's context": 19},
+        },
+        "metrics": {
+            name: {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 141, "unit": "person × prompt"}
+            for name, value in names.items()
+        },
+    }
+
+
+def _answers() -> dict[str, Any]:
+    def rate(value: float, n: int, unit: str = "comparison") -> dict[str, Any]:
+        return {"value": value, "low": value - 0.06, "high": value + 0.06, "n": n, "unit": unit}
+
+    counts = {
+        "rows": 200,
+        "wins": 91,
+        "losses": 60,
+        "ties": 45,
+        "order_disagreements": 31,
+        "unscored": 4,
+        "without_profile": 0,
+        "failures": {"timeout": 3, "unparsable": 2},
+        "requests": 398,
+        "cached_verdicts": 2,
+    }
+    written = {"rows": 200, "answers": 200, "mean_tokens": 212.4, "cut_off": 7, "empty": 0}
+    no_effect = {"value": None, "low": None, "high": None, "n": 0, "unit": "prompt", "note": "no profile is told"}
+    return {
+        "rows": 200,
+        "choices": 1050,
+        "too_long": 3,
+        "settings": {"temperature": 0.7, "max_new_tokens": 512, "profiles_per_prompt": 4, "seed": 0},
+        "model": {
+            "name": "models/tiny-base",
+            "adapter": "runs/cuma",
+            "answers": written,
+            "spread_answers": written | {"answers": 800},
+            "diversity": rate(1.082, 50, "prompt"),
+        },
+        "other": {
+            "name": "models/tiny-base",
+            "adapter": None,
+            "answers": written | {"mean_tokens": 190.0},
+            "spread_answers": None,
+            "diversity": no_effect,
+        },
+        "judge": ATTACK,
+        "win_rate": {
+            "counts": counts,
+            "win_rate": rate(0.579, 196),
+            "win_rate_decided": rate(0.603, 151),
+            "win_rate_resampled": rate(0.579, 141, "prompt × profile"),
+            "length_controlled": rate(0.552, 141, "prompt × profile") | {"length_effect": 0.41},
+            "length": {"mean": 1042.3, "mean_other": 921.0, "longer": 0.61},
+        },
+        "agreement": {
+            "counts": counts | {"wins": 101, "losses": 52, "ties": 47, "unscored": 0, "failures": {}},
+            "agreement": rate(0.622, 141, "person × prompt"),
+            "agreement_decided": rate(0.66, 139, "person × prompt"),
+            "chance": 0.5,
+            "longer": rate(0.588, 141, "person × prompt"),
+            "people": {"value": None, "low": None, "high": None, "n": 0, "unit": "person × prompt", "note": "no rows"},
+            "agreement_shared": {"value": None, "low": None, "high": None, "n": 0, "unit": "", "note": "no rows"},
+        },
+    }
+
+
+def _split(rng: np.random.Generator, num_panels: int) -> dict[str, Any]:
     panels = []
     for number, group in enumerate(GROUPS):
         for question, options in zip(QUESTIONS, (4, 10), strict=True):
@@ -122,7 +205,7 @@ def _split(rng: np.random.Generator) -> dict[str, Any]:
             "consensus": None,
             "groups": {},
         },
-        "distributions": panels,
+        "distributions": panels[:num_panels],
         "collapse": {
             "true_entropy": true.tolist(),
             "predicted_entropy": (0.7 * true + 0.4 + rng.normal(0, 0.1, 1500)).clip(0).tolist(),
@@ -145,6 +228,7 @@ def _topology(rng: np.random.Generator, num_groups: int, num_routers: int) -> di
     load = rng.dirichlet(np.full(4, 0.8), (num_groups, num_routers))
     routers = [f"{number // 2}.{'q_proj' if number % 2 else 'v_proj'}" for number in range(num_routers)]
     fields = {"country": 0.2, "religion": 0.1, "age": 0.002}
+    no_information = {"value": None, "expected_under_null": None, "p": None, "note": "all people are in one group"}
     return {
         "fields": ["country"],
         "measure": "load",
@@ -165,10 +249,12 @@ def _topology(rng: np.random.Generator, num_groups: int, num_routers: int) -> di
                 for router in routers
             ]
             for field, size in fields.items()
-        },
+        }
+        | {"planet": []},
         "mutual_information_mean": {
             field: {"value": size / 2, "expected_under_null": 0.004, "p": 0.001} for field, size in fields.items()
-        },
+        }
+        | {"planet": no_information},
         "dead_experts": {router: [2] if number == 3 else [] for number, router in enumerate(routers)},
         "reference": {
             "matched": names,

@@ -30,10 +30,10 @@ FIGURES = {
 }
 
 
-def small() -> dict:
+def small(figure: bool = False) -> dict:
     metrics = {"emd": {"value": 0.1, "low": 0.09, "high": float("nan"), "n": np.int64(3), "unit": "question"}}
     bins = [{"mean_predicted": 0.2, "observed": 0.3, "n": 5}, {"mean_predicted": 0.8, "observed": 0.7, "n": 5}]
-    split = {"metrics": metrics, "calibration": {"bins": bins, "ece": 0.1}}
+    split = {"metrics": metrics} | ({"calibration": {"bins": bins, "ece": 0.1}} if figure else {})
     return {"version": 1, "model": {"name": "base"}, "splits": {"test": split}}
 
 
@@ -48,7 +48,8 @@ def test_the_files_are_for_their_owner_alone(report):
 
 
 def test_the_document_is_written_as_it_is(report, example):
-    assert json.loads((report / "evaluation.json").read_text()) == example.evaluation()
+    written = json.loads((report / "evaluation.json").read_text())
+    assert written in [example.evaluation(*size) for size in example.SIZES.values()]
 
 
 def test_what_is_not_a_number_is_null(tmp_path):
@@ -66,7 +67,7 @@ def test_what_is_not_a_number_is_null(tmp_path):
 
 
 def test_the_same_evaluation_gives_the_same_files(tmp_path):
-    first, second = (write_report(small(), tmp_path / name, {"score": np.arange(3)}) for name in "ab")
+    first, second = (write_report(small(figure=True), tmp_path / name, {"score": np.arange(3)}) for name in "ab")
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
 
@@ -150,6 +151,44 @@ def test_a_missing_value_has_its_reason():
     name, value, _, n, unit, about = metrics_table(metrics).rows[0]
     assert (value, n, unit) == ("n/a", "4", "question")
     assert about.startswith("why; ")
+
+
+def test_people_s_choices_and_the_judge_s_verdicts_are_told_apart(report):
+    text = (report / "tables.md").read_text()
+    assert "| Pair accuracy ↑ | 0.571 [0.551, 0.591] | 0.553 [0.533, 0.573] | 0.588 [0.568, 0.608] | 0.500 |" in text
+    assert "| Choice accuracy ↑ | 0.331 [0.311, 0.351] | 0.322 [0.302, 0.342] |  | 0.262 | 141 |" in text
+    assert "| longer than the model's context | 19 |" in text
+    assert text.index("## People's own choices") < text.index("## Answers: test")
+    assert "| Win-rate ↑, a tie is half a win | 0.579 [0.519, 0.639] | 196 | comparison | Wilson's interval" in text
+    assert "| At equal length ↑ | 0.552 [0.492, 0.612] | 141 | prompt × profile | what a logistic" in text
+    assert "its effect of length is 0.41" in text
+    assert "| the answers of both | 200 | 91 | 60 | 45 | 31 | 4 | 398 | 2 | timeout 3, unparsable 2 |" in text
+    judge = text.index("| The judge ↑, a tie is half a hit | 0.622 [0.562, 0.682] | 141 |")
+    assert judge < text.index("| Chance | 0.500 |") < text.index("| Another person, where one chose as well | n/a |")
+    assert "| This model: runs/cuma | 1.082 [1.022, 1.142] | 50 |" in text
+    assert "| The other: models/tiny-base | n/a | 0 | no profile is told |" in text
+    page = (report / "report.html").read_text()
+    for title in ("People&#x27;s own choices", "Does the judge agree with people?", "Variety between profiles"):
+        assert title in page
+
+
+def test_a_judge_that_gave_up_has_no_rate_and_says_why(tmp_path, example):
+    found = example.evaluation()
+    entry = found["generation"]["answers"]["test"]
+    del entry["win_rate"], entry["agreement"]
+    entry["note"] = "35% of the last 20 requests failed"
+    evaluation = {"version": 1, "model": {"name": "base"}, "splits": {}, "generation": found["generation"]}
+    text = (write_report(evaluation, tmp_path / "out") / "tables.md").read_text()
+    assert "The judge gave up: 35% of the last 20 requests failed" in text and "Win-rate" not in text
+    assert "| This model: runs/cuma | 200 | 200 | 212.4 | 7 | 0 |" in text
+
+
+def test_a_field_without_information_says_why(report):
+    text = (report / "tables.md").read_text()
+    assert "| planet | n/a | n/a | n/a | all people are in one group |" in text
+    page = (report / "report.html").read_text()
+    (alt,) = re.findall(r'topology-information".*?alt="([^"]+)"', page)
+    assert "by 3 fields" in alt  # it is in no figure
 
 
 def test_the_markdown_has_the_page_s_numbers(report):

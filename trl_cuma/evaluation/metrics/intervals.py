@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cluster_draws import cluster_codes, cluster_draws, drawn_sums
+
 # scipy is imported by the functions that call it: the quick start's metrics need numpy alone.
 
 EXACT_FLIPS = 2**16
@@ -64,13 +66,11 @@ def bootstrap_weights(clusters: Sequence[np.ndarray], num_samples: int, seed: in
     Yields:
         `np.ndarray` of shape `(rows,)`: non-negative integers.
     """
-    codes = [np.unique(column, return_inverse=True)[1].reshape(-1) for column in clusters]
-    sizes = [int(code.max()) + 1 for code in codes]
-    rng = np.random.default_rng(seed)
-    for _ in range(num_samples):
+    codes = cluster_codes(clusters)
+    for counts in cluster_draws(codes, num_samples, seed):
         weights = np.ones(len(codes[0]), dtype=np.int64)
-        for code, size in zip(codes, sizes, strict=True):
-            weights *= np.bincount(rng.integers(size, size=size), minlength=size)[code]
+        for code, count in zip(codes, counts, strict=True):
+            weights *= count[code]
         yield weights
 
 
@@ -129,12 +129,13 @@ def bootstrap_interval(
     with np.errstate(divide="ignore", invalid="ignore"):
         sums = table.sum(0)
         value = float(function(*(sums[:-1] / sums[-1])))
-        num_clusters = min(len(np.unique(column)) for column in clusters)
+        codes = cluster_codes(clusters)
+        num_clusters = min(int(code.max()) + 1 for code in codes)
         if not np.isfinite(value):
             return Estimate(None, None, None, num_clusters, "a denominator is zero")
         if num_clusters < 2:
             return Estimate(value, None, None, num_clusters, "a single cluster: nothing to resample")
-        draws = np.stack([row @ table for row in bootstrap_weights(clusters, num_samples, seed)])
+        draws = drawn_sums(table, codes, num_samples, seed)
         samples = function(*(draws[:, :-1] / draws[:, -1:]).T)
     low, high = percentiles(np.asarray(samples), num_clusters, level)
     return Estimate(value, low, high, num_clusters)

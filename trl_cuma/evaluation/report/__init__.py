@@ -23,6 +23,11 @@ __all__ = ["VERSION", "check_output_dir", "plain", "write_report"]
 
 VERSION = 1
 
+OWN_CHOICES = (
+    "Held-out people were shown several answers and chose one. Does the model, given the prompt and what it is told "
+    "of the person, find likelier what they chose? No judge stands between."
+)
+
 
 def write_report(
     evaluation: Mapping[str, Any],
@@ -54,8 +59,8 @@ def write_report(
     sections = _sections(evaluation)
     title, facts = _title(evaluation["model"]), _facts(evaluation["model"])
     footer = (
-        "Intervals are 95 %, from resampling whole clusters (people and questions, or countries and questions). The "
-        "training marginal is of the training answers. Written by trl_cuma."
+        "Intervals are 95 %, from resampling whole clusters (people and questions, or countries and questions), where "
+        "nothing else is said. The training marginal is of the training answers. Written by trl_cuma."
     )
     files = {
         "evaluation.json": json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -85,10 +90,16 @@ def plain(value: Any) -> Any:
 
 def _sections(evaluation: Mapping[str, Any]) -> list[Section]:
     splits = evaluation["splits"]
-    sections = [Section("Summary", [tables.summary_table(splits)])] if splits else []
+    generation = evaluation.get("generation") or {}
+    own = generation.get("own_choices") or {}
+    summaries = [tables.summary_table(splits)] if splits else []
+    summaries += [tables.own_choices_summary(own)] if own else []
+    sections = [Section("Summary", summaries)] if summaries else []
     sections += [_split_section(name, split) for name, split in splits.items()]
-    if evaluation.get("generation"):
-        sections.append(Section("Generation", [tables.document_table("Generated answers", evaluation["generation"])]))
+    if own:
+        shown = [table for name, entry in own.items() for table in tables.own_choices_tables(name, entry)]
+        sections.append(Section("People's own choices", shown, text=OWN_CHOICES))
+    sections += [_answers_section(name, entry) for name, entry in (generation.get("answers") or {}).items()]
     if evaluation.get("topology"):
         topology = evaluation["topology"]
         groups, *others = tables.topology_tables(topology)
@@ -126,6 +137,25 @@ def _split_section(name: str, split: Mapping[str, Any]) -> Section:
     return Section(f"Split: {clean(name)}", shown, drawings, details)
 
 
+def _answers_section(split: str, entry: Mapping[str, Any]) -> Section:
+    settings = entry["settings"]
+    how = f"temperature {number(settings['temperature'], 2)}" if settings["temperature"] else "greedy"
+    text = (
+        f"Answers to {number(entry['rows'])} prompts, drawn from {number(entry['choices'])} choices of people of whom "
+        f"something is known ({how}, {number(settings['max_new_tokens'])} tokens at most)."
+    )
+    if entry["too_long"]:
+        text += f" {number(entry['too_long'])} longer than the model's context were drawn and left out."
+    if entry.get("judge"):
+        text += (
+            f" Compared by {clean(entry['judge'])}, which is told the person's profile. A verdict is a language "
+            "model's idea of what a person prefers: how often it meets what people chose is below."
+        )
+    if entry.get("note"):
+        text += f" The judge gave up: {clean(entry['note'])}"
+    return Section(f"Answers: {clean(split)}", tables.answers_tables(entry), text=text)
+
+
 def _title(model: Mapping[str, Any]) -> str:
     return f"Evaluation of {clean(model.get('adapter') or model['name'])}"
 
@@ -144,7 +174,8 @@ def _facts(model: Mapping[str, Any]) -> dict[str, str]:
 def _markdown(title: str, facts: Mapping[str, str], sections: list[Section], footer: str) -> str:
     lines = [f"# {tables.escaped(title)}", "\n".join(f"- {k}: {tables.escaped(v)}" for k, v in facts.items())]
     for section in sections:
-        blocks = [table.markdown() for table in (*section.tables, *section.details)]
+        blocks = [tables.escaped(section.text)] if section.text else []
+        blocks += [table.markdown() for table in (*section.tables, *section.details)]
         if blocks:
             lines += [f"## {tables.escaped(section.title)}", *blocks]
     return "\n\n".join([*lines, footer]) + "\n"

@@ -115,7 +115,9 @@ def draw(paint: Callable[[Figure, bool], None], height: Callable[[bool], float],
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The report's figures need matplotlib. Install it: pip install 'trl_cuma[evaluation]'.") from error
+        raise ImportError(
+            "The report's figures need matplotlib. Install it: pip install 'trl_cuma[evaluation]'."
+        ) from error
     drawn = []
     for wide in (True, False):
         width = (WIDE if full else HALF) if wide else NARROW

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .text import HEADLINE, METRICS, MISSING, clean, estimate, metric_of, number, percent
@@ -30,6 +30,12 @@ class Table:
     rows: Sequence[Sequence[str]]
     texts: frozenset[int] = frozenset()
     note: str = ""
+
+    def without_empty(self) -> Table:
+        """Without the last column, where nothing is in it."""
+        if any(row[-1] for row in self.rows):
+            return self
+        return replace(self, columns=self.columns[:-1], rows=[row[:-1] for row in self.rows])
 
     def markdown(self) -> str:
         """As a table of GitHub's Markdown, under its title."""
@@ -142,12 +148,14 @@ def topology_tables(topology: Mapping[str, Any]) -> list[Table]:
     fields = " × ".join(clean(field) for field in topology["fields"])
     tables = [Table(f"Groups by {fields}", ["Group", "People", "Told apart"], groups, note=note)]
     means = topology["mutual_information_mean"]
+    keys = ("value", "expected_under_null", "p")
     rows = [
-        [clean(field), *(number((found or {}).get(key)) for key in ("value", "expected_under_null", "p"))]
+        [clean(field), *(number(found.get(key)) for key in keys), clean(found.get("note") or "")]
         for field, found in means.items()
     ]
     note = "In nats, mean over routers. By chance: what a random assignment of the people gives; it is subtracted."
-    tables.append(Table("What routing tells of people", ["Field", "Above chance", "By chance", "p"], rows, note=note))
+    columns = ["Field", "Above chance", "By chance", "p", "Note"]
+    tables.append(Table("What routing tells of people", columns, rows, frozenset({4}), note).without_empty())
     dead = {router: experts for router, experts in topology["dead_experts"].items() if experts}
     rows = [[clean(router), ", ".join(str(expert + 1) for expert in experts)] for router, experts in dead.items()]
     rows = rows or [["none", ""]]
@@ -178,24 +186,144 @@ def distribution_table(panels: Sequence[Mapping[str, Any]]) -> Table:
     return Table("The figure's numbers", columns, rows, frozenset({1, 2}))
 
 
-def document_table(title: str, document: Mapping[str, Any]) -> Table:
-    """A nested document, one row per number: `win rate, ties | 12`."""
-    rows: list[list[str]] = []
+def own_choices_summary(splits: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row per split: whether the model finds likelier what people chose."""
+    rows = []
+    for split, entry in splits.items():
+        found = entry["metrics"]
+        pairs = estimate(found["pair_accuracy"])
+        choices, chance = estimate(found["choice_accuracy"]), number(found["choice_chance"]["value"])
+        people = [number(entry["counts"][name]) for name in ("choices", "people")]
+        rows.append([clean(split), pairs, "0.500", choices, chance, *people])
+    columns = ["Split", heading("pair_accuracy"), "Chance", heading("choice_accuracy"), "Chance", "Choices", "People"]
+    return Table("People's own choices", columns, rows, note=INTERVALS)
 
-    def add(names: list[str], entry: Any) -> None:
-        if isinstance(entry, Mapping) and "value" in entry and not isinstance(entry["value"], Mapping):
-            rows.append([", ".join(names), estimate(entry), clean(entry.get("note") or "")])
-        elif isinstance(entry, Mapping):
-            for key, part in entry.items():
-                add([*names, clean(key).replace("_", " ")], part)
-        elif isinstance(entry, str):
-            rows.append([", ".join(names), "", clean(entry)])
-        elif entry is None or isinstance(entry, int | float):
-            said = {True: "yes", False: "no"}[entry] if isinstance(entry, bool) else ""
-            rows.append([", ".join(names), said or number(entry), ""])
 
-    add([], document)
-    return Table(title, ["What", "Value", "Note"], rows, frozenset({2}), INTERVALS)
+def own_choices_tables(split: str, entry: Mapping[str, Any]) -> list[Table]:
+    """What a model makes of people's choices in a split, beside what takes no model; and what rows there were."""
+    found, rows = entry["metrics"], []
+    for name, chance in (("pair_accuracy", 0.5), ("choice_accuracy", found["choice_chance"]["value"])):
+        own, per_token = found[name], found[f"{name}_per_token"]
+        longer = estimate(found.get(f"{name}_longer")) if f"{name}_longer" in found else ""
+        row = [heading(name), estimate(own), estimate(per_token), longer, number(chance), number(own["n"])]
+        rows.append([*row, clean(own["unit"]), clean(own.get("note") or "")])
+    columns = ["Measure", "Model", "Model, per token", "Longer answer", "Chance", "n", "Unit", "Note"]
+    note = (
+        "Pair: the share of the other answers that the model finds less likely than the one the person chose; a tie "
+        "is a half. Choice: the chosen answer is the likeliest of all. A whole answer's likelihood is drawn to the "
+        "short one, that per token to the fluent one: read both, beside the rule that people choose the longer "
+        f"answer. n: independent units behind the interval. {INTERVALS}"
+    )
+    counts = entry["counts"]
+    return [
+        Table(f"Own choices: {clean(split)}", columns, rows, frozenset({6, 7}), note).without_empty(),
+        counts_table(counts),
+        bad_rows_table(counts.get("bad_rows") or {}, counts.get("rows")),
+    ]
+
+
+def answers_tables(entry: Mapping[str, Any]) -> list[Table]:
+    """The answers of two models, the judge's verdicts and what they are worth, and variety between profiles."""
+    models = {
+        f"{which}: {clean(entry[key].get('adapter') or entry[key]['name'])}": entry[key]
+        for key, which in (("model", "This model"), ("other", "The other"))
+        if entry.get(key)
+    }
+    tables = []
+    if entry.get("win_rate"):
+        tables += [_win_rate_table(entry["win_rate"])]
+        if entry.get("agreement"):
+            tables.append(_agreement_table(entry["agreement"]))
+        asked = {"the answers of both": entry["win_rate"], "what people chose": entry.get("agreement")}
+        tables.append(_verdicts_table({name: found["counts"] for name, found in asked.items() if found}))
+    keys = ("rows", "answers", "mean_tokens", "cut_off", "empty")
+    rows = [
+        [f"{name}{purpose}", *(number(counts[key], 1) for key in keys)]
+        for name, model in models.items()
+        for purpose, counts in (("", model.get("answers")), (", several profiles", model.get("spread_answers")))
+        if counts
+    ]
+    if rows:
+        note = "Cut off: by the limit on new tokens, rather than ended by the model."
+        columns = ["Model", "Rows", "Answers", "Mean tokens", "Cut off", "Empty"]
+        tables.append(Table("Answers written", columns, rows, note=note))
+    rows = []
+    for name, model in models.items():
+        found = model["diversity"]
+        rows.append([name, estimate(found), number(found["n"]), clean(found.get("note") or "")])
+    note = (
+        "Different word pairs in the answers to a prompt for different profiles, over those in as many answers for "
+        "one profile. 1: profiles change no more than drawing again does. Higher is more variety, not better "
+        f"answers. n: prompts. {INTERVALS}"
+    )
+    columns = ["Model", "Between over within", "n", "Note"]
+    return [*tables, Table("Variety between profiles", columns, rows, frozenset({3}), note).without_empty()]
+
+
+def _win_rate_table(found: Mapping[str, Any]) -> Table:
+    length = found["length"]
+    effect = found["length_controlled"].get("length_effect")
+    about = {
+        "win_rate": ("Win-rate ↑, a tie is half a win", "Wilson's interval: as if the rows were independent"),
+        "win_rate_decided": ("Without the ties ↑", "Wilson's interval"),
+        "win_rate_resampled": (
+            "Win-rate ↑, resampled",
+            "prompts and profiles resampled, where several rows share them",
+        ),
+        "length_controlled": (
+            "At equal length ↑",
+            f"what a logistic regression expects where both answers are equally long; its effect of length is "
+            f"{number(effect, 2)}",
+        ),
+    }
+    rows = []
+    for name, (title, meaning) in about.items():
+        entry = found[name]
+        said = "; ".join(filter(None, [clean(entry.get("note") or ""), meaning]))
+        rows.append([title, estimate(entry), number(entry["n"]), clean(entry["unit"]), said])
+    note = f"By the judge, 0.5 is as good as the other. {INTERVALS}"
+    if length["mean"] is not None:
+        note += (
+            f" Characters of an answer: {length['mean']:,.0f}, of the other's {length['mean_other']:,.0f}; the longer "
+            f"one in {percent(length['longer'])} of the rows."
+        )
+    return Table("Win-rate", ["Measure", "Value", "n", "Unit", "About"], rows, frozenset({3, 4}), note)
+
+
+def _agreement_table(found: Mapping[str, Any]) -> Table:
+    titles = {
+        "agreement": "The judge ↑, a tie is half a hit",
+        "agreement_decided": "The judge ↑, without ties",
+        "longer": "The rule “the longer answer”",
+        "people": "Another person, where one chose as well",
+        "agreement_shared": "The judge ↑, on these rows",
+    }
+    rows = [
+        [title, estimate(found[name]), number(found[name]["n"]), clean(found[name].get("note") or "")]
+        for name, title in titles.items()
+    ]
+    rows.insert(2, ["Chance", number(found["chance"]), "", ""])
+    note = (
+        "How often the judge, told a person's profile, prefers what this person chose: a judge near chance, or no "
+        f"better than the rule of length, says little of the win-rate. n: independent people or prompts. {INTERVALS}"
+    )
+    table = Table("Does the judge agree with people?", ["Who", "Agreement", "n", "Note"], rows, frozenset({3}), note)
+    return table.without_empty()
+
+
+def _verdicts_table(counts: Mapping[str, Mapping[str, Any]]) -> Table:
+    keys = ("rows", "wins", "losses", "ties", "order_disagreements", "unscored", "requests", "cached_verdicts")
+    rows = []
+    for name, entry in counts.items():
+        failures = ", ".join(f"{clean(kind)} {count:,}" for kind, count in entry["failures"].items())
+        rows.append([name, *(number(entry[key]) for key in keys), failures or "none"])
+    columns = ["Judged", "Rows", "Wins", "Losses", "Ties", "By the order", "Unscored", "Requests", "From the cache"]
+    note = (
+        "Each row is asked in both orders; where the two verdicts differ, it is a tie, by the order. A row is "
+        "unscored, and in no rate, where a request failed. A win over what a person rejected is a verdict for their "
+        "choice."
+    )
+    return Table("Verdicts", [*columns, "Failures"], rows, frozenset({9}), note)
 
 
 def heading(name: str) -> str:

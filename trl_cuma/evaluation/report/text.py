@@ -34,8 +34,14 @@ METRICS = {
     "spread_ratio": Metric("Spread ratio", "1", "differences between profiles, predicted over true"),
     "position_bias": Metric("Position bias", "lower", "how far the order of the options changes the answer, 0 to 1"),
     "outside": Metric("Outside", "lower", "probability given to anything but an option", 4),
+    "pair_accuracy": Metric(
+        "Pair accuracy", "higher", "how often what a person chose is likelier than another answer"
+    ),
+    "pair_accuracy_per_token": Metric("Pair accuracy, per token", "higher", "the same by the likelihood of a token"),
+    "choice_accuracy": Metric("Choice accuracy", "higher", "how often what a person chose is the likeliest of all"),
+    "choice_accuracy_per_token": Metric("Choice accuracy, per token", "higher", "the same by that of a token"),
 }
-"""The metrics of a split, in the order of the report."""
+"""The metrics of a split, in the order of the report; of people's choices between texts the last ones."""
 
 HEADLINE = ("emd", "kl_explained", "nll", "accuracy")
 """What the summary shows: group-conditional and blind to nothing first."""
