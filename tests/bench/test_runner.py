@@ -12,8 +12,8 @@ import yaml
 from trl_cuma.bench import read_suite
 from trl_cuma.bench import runner as runner_module
 from trl_cuma.bench.runner import Runner, SFTRun
+from trl_cuma.bench.survey_world import SurveyWorld
 from trl_cuma.bench.training import run_sft
-from trl_cuma.bench.world import World
 from trl_cuma.cli import main
 
 TOY = {
@@ -119,7 +119,7 @@ def test_another_suite_is_refused(finished, tmp_path):
 def test_a_run_repeats_to_the_bit(finished, tmp_path):
     suite, out = finished
     loaded = read_suite(suite)
-    world = World(loaded, 0, out / "worlds/0")
+    world = SurveyWorld(loaded, 0, out / "worlds/0")
     settings = json.loads((out / "results.json").read_text())["chosen"]["cuma"]["settings"]
     torch.set_num_threads(1)
     again = run_sft(world, loaded.arm("cuma"), *settings, 4, tmp_path / "again")
@@ -129,7 +129,7 @@ def test_a_run_repeats_to_the_bit(finished, tmp_path):
 def test_a_failed_run_leaves_nothing_behind(finished, tmp_path, monkeypatch):
     suite, out = finished
     loaded = read_suite(suite)
-    world = World(loaded, 0, out / "worlds/0")
+    world = SurveyWorld(loaded, 0, out / "worlds/0")
     monkeypatch.setattr(np, "savez_compressed", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_sft(world, loaded.arm("lora-prompt"), 1e-3, 2, 2, tmp_path / "runs/one")
@@ -138,7 +138,7 @@ def test_a_failed_run_leaves_nothing_behind(finished, tmp_path, monkeypatch):
 
 def test_shuffled_profiles_are_other_peoples_and_carry_no_information(finished):
     suite, out = finished
-    world = World(read_suite(suite), 0, out / "worlds/0")
+    world = SurveyWorld(read_suite(suite), 0, out / "worlds/0")
     true, shuffled = world.sft_rows(True, False, 4), world.sft_rows(True, True, 4)
     assert true["input_ids"] == shuffled["input_ids"]
     people = {}

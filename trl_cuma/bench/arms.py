@@ -176,6 +176,8 @@ class Reference:
             `ValueError`: No rank of at most half of each module's smaller dimension comes within 2 % of the budget.
         """
         dim = dims[arm.encoder]
+        with torch.device("meta"):
+            model = type(model)(model.config)  # a quantized base's own weights are packed
         if arm.of.peft == "full":
             return None, model.num_parameters()
         if arm.of.peft == "p_tuning":
@@ -217,7 +219,8 @@ class Reference:
             }
             if arm.of.peft == "lora":
                 return LoraConfig(**common, **arm.adapter_fields)
-            fields = {**self.config, **arm.adapter_fields, **common}
+            # A held-out person of whom the training people's encoder knows nothing is answered like the average one.
+            fields = {"missing_demographics": "zero", **self.config, **arm.adapter_fields, **common}
             if fields.get("routing") == "semantic":
                 fields.pop("demographic_projection", None)
             if filler is not None and arm.of.filler:

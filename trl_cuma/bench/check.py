@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metrics.intervals import prediction_interval
-from .comparison import emd_by_world
+from .comparison import by_world
 from .suite import Suite
 
 
 @dataclass(frozen=True)
 class Checked:
     """
-    One arm's EMD on one split of one new world.
+    One arm's headline metric (EMD; log-loss of prepared data) on one split of one new world.
 
     Args:
         arm (`str`), split (`str`), budget (`int`), world (`str`): Which.
-        value (`float`): The new EMD.
+        value (`float`): The new one.
         published (`float`), low (`float`), high (`float`): Mean of the published worlds, and the 95 % prediction
             interval of one more.
     """
@@ -55,6 +55,7 @@ def check(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> list[
 
 
 def _checked(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> Iterator[Checked]:
+    metric = suite.data.headline
     for arm in suite.arms:
         if len(published["sft"].get(arm.key, ())) < 2:
             raise ValueError(f"The published results have no two worlds of arm {arm.key!r}: nothing to check it by.")
@@ -64,18 +65,18 @@ def _checked(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> It
         run = next(iter(new["sft"][arm.key].values()))
         for budget, found in run["budgets"].items():
             for split in found["splits"]:
-                before = np.array(list(emd_by_world(published, arm.key, int(budget), split).values()))
+                before = np.array(list(by_world(published, arm.key, int(budget), split, metric).values()))
                 expected = prediction_interval(before)
-                for world, value in emd_by_world(new, arm.key, int(budget), split).items():
+                for world, value in by_world(new, arm.key, int(budget), split, metric).items():
                     yield Checked(
                         arm.key, split, int(budget), world, value, expected.value, expected.low, expected.high
                     )
 
 
-def table(checked: list[Checked]) -> str:
+def table(suite: Suite, checked: list[Checked]) -> str:
     """In Markdown, with a last line that counts."""
     lines = [
-        "| EMD | split | steps | world | new | published | 95 % prediction interval | |",
+        f"| {suite.data.headline.upper()} | split | steps | world | new | published | 95 % prediction interval | |",
         "|---|---|---:" + "|---:" * 4 + "|---|",
     ]
     lines += [

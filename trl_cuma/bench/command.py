@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("suite", type=Path, help="the suite's YAML file")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/bench/NAME, by the file's name")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each a process, and a GPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--worlds", type=int, nargs="+", default=None, help="other worlds than the suite's")
     parser.add_argument("--arms", nargs="+", default=None, help="these of the suite's arms only, by key")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="RESULTS",
         help="published results.json: run --worlds with its settings, and say whether they come out as published",
     )
-    parser.add_argument("--data", default=None, help="the file that the suite's `data.path` stands for")
+    parser.add_argument("--data", default=None, help="the file or folder that the suite's `data.path` stands for")
     args = parser.parse_args(argv)
     for name in ("workers", "threads"):
         if getattr(args, name) < 1:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         text = tables(runner, runner.run())
         runner.write("tables.md", text)
     else:
-        text = table(check(suite, published, runner.measure(published["chosen"])))
+        text = table(suite, check(suite, published, runner.measure(published["chosen"])))
     print(text)
     print(f"Runs and tables: {runner.output_dir}.")
     return 0

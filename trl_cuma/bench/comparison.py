@@ -2,25 +2,35 @@
 """
 Paired comparisons of two arms. The statistic is the log ratio of their mean EMD, exponentiated for tables: below 1 the
 first arm is better, 0.8 is a fifth less. What is resampled is what a new study would draw anew: worlds of a
-simulation, countries and questions of GlobalOpinionQA.
+simulation, countries and questions of GlobalOpinionQA, people and questions of prepared data; there it is the
+difference in log-loss, which says more than a ratio of two numbers that share what nobody could know.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..evaluation.cell_scores import Scores, measure
 from ..evaluation.metrics.cells import emd
-from ..evaluation.metrics.intervals import bootstrap_interval, detectable_effect, sign_flip_test, t_interval
+from ..evaluation.metrics.intervals import (
+    Estimate,
+    bootstrap_interval,
+    detectable_effect,
+    sign_flip_test,
+    t_interval,
+)
 from ..evaluation.options import split_options
 from .runner import SFTRun
 from .suite import MARGINAL
 
 if TYPE_CHECKING:
     from .runner import Runner
-    from .world import World
+    from .survey_world import SurveyWorld
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,10 @@ class Comparison:
         return "worse" if self.low > 1 else "no difference shown"
 
 
-def emd_by_world(results: dict[str, Any], arm: str, budget: int, split: str) -> dict[str, float]:
-    """World → an arm's mean EMD over a split's cells; `arm` may be `"marginal"`."""
-    metric = "emd"
+def by_world(results: dict[str, Any], arm: str, budget: int, split: str, metric: str = "emd") -> dict[str, float]:
+    """World → an arm's mean of a metric over a split; `arm` may be `"marginal"`."""
     if arm == MARGINAL:
-        arm, metric = next(iter(results["sft"])), "emd_marginal"
+        arm, metric = next(iter(results["sft"])), f"{metric}_marginal"
     return {world: run["budgets"][str(budget)]["splits"][split][metric] for world, run in results["sft"][arm].items()}
 
 
@@ -75,9 +84,9 @@ def compare_worlds(first: dict[str, float], second: dict[str, float]) -> Compari
         raise ValueError(f"A comparison needs at least 2 worlds, the two arms share {len(worlds)}.")
     ratios = np.array([np.log(first[world] / second[world]) for world in worlds])
     mean, sd = t_interval(ratios), float(ratios.std(ddof=1))
-    detectable = float(np.exp(-detectable_effect(sd, len(worlds)))) if sd > 0 else 1.0
+    least = float(np.exp(-detectable_effect(sd, len(worlds)))) if sd > 0 else 1.0
     values = (float(np.exp(value)) for value in (mean.value, mean.low, mean.high))
-    return Comparison(*values, detectable=detectable, sd=sd, p=sign_flip_test(ratios))
+    return Comparison(*values, detectable=least, sd=sd, p=sign_flip_test(ratios))
 
 
 def compare_cells(
@@ -102,13 +111,70 @@ def compare_cells(
         country += [world.survey.profiles[index]["country"] for index in cells.profile]
     clusters = [np.array(question), np.array(country)]
     found = bootstrap_interval(np.concatenate(values), clusters, lambda a, b: np.log(a / b))
-    # Half the interval as a normal standard error, of so many clusters
+    ratio = (float(np.exp(value)) for value in (found.value, found.low, found.high))
+    return Comparison(*ratio, detectable=float(np.exp(-detectable(found))))
+
+
+def detectable(found: Estimate) -> float:
+    """The effect that as many clusters find with 90 % power: half the interval is taken as 1.96 standard errors."""
     sd = (found.high - found.low) / (2 * 1.96) * np.sqrt(found.n)
-    detectable = float(np.exp(-detectable_effect(sd, found.n))) if sd > 0 else 1.0
-    return Comparison(*(float(np.exp(value)) for value in (found.value, found.low, found.high)), detectable=detectable)
+    return detectable_effect(sd, found.n) if sd > 0 else 0.0
 
 
-def _cell_emd(runner: Runner, world: World, results: dict[str, Any], arm: str, budget: int, split: str) -> np.ndarray:
+def compare_answers(
+    runner: Runner, results: dict[str, Any], first: str, second: str, budget: int, split: str
+) -> dict[str, tuple[Estimate, str]]:
+    """
+    Differences of two arms on the same answers, averaged over the worlds, which are seeds of training; people and
+    questions are resampled, crossed.
+
+    Args:
+        runner, results, first, second, budget, split: As for [`compare_cells`].
+
+    Returns:
+        `dict`: Metric (`nll`, `accuracy`, and `emd` and `kl` of rows with distributions) → the first arm's less the
+        second's, and what was resampled. Without those that there are no numbers for, as of questions without training
+        answers against the marginal.
+    """
+    runs = {arm: _answer_scores(runner, results, arm, budget, split) for arm in {first, second} - {MARGINAL}}
+    # An arm whose prompts are longer may have lost rows to the model's context.
+    rows = reduce(np.intersect1d, [each.columns["row"] for scores in runs.values() for each in scores])
+    own, other = (
+        _over_worlds(next(iter(runs.values())) if arm == MARGINAL else runs[arm], rows, arm == MARGINAL)
+        for arm in (first, second)
+    )
+    table = "cells" if "emd" in own.columns else "answers"
+    found = {name: measure(name, {table: own}, {table: other}) for name in own.columns}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _answer_scores(runner: Runner, results: dict[str, Any], arm: str, budget: int, split: str) -> list[Scores]:
+    """An arm's scores of each answer, one per world."""
+    found = []
+    for world in runner.suite.worlds:
+        run = SFTRun(arm, world, *results["chosen"][arm]["settings"], runner.longest)
+        with np.load(runner.output_dir / run.folder / "predictions.npz", allow_pickle=False) as arrays:
+            found.append(Scores.from_arrays(arrays, f"{budget}/{split}"))
+    return found
+
+
+def _over_worlds(scores: Sequence[Scores], rows: np.ndarray, of_marginal: bool) -> Scores:
+    """Mean scores of some rows, an arm's or the training marginal's."""
+    suffix = "_marginal" if of_marginal else ""
+    taken = [np.searchsorted(each.columns["row"], rows) for each in scores]
+    first, places = scores[0], taken[0]
+    columns = {
+        name: np.mean([each.columns[name + suffix][take] for each, take in zip(scores, taken, strict=True)], axis=0)
+        for name in ("nll", "accuracy", "emd", "kl")
+        if name in first.columns
+    }
+    clusters = (first.clusters[0][places], first.clusters[1][places])
+    return replace(first, columns=columns, clusters=clusters, weights=first.weights[places])
+
+
+def _cell_emd(
+    runner: Runner, world: SurveyWorld, results: dict[str, Any], arm: str, budget: int, split: str
+) -> np.ndarray:
     cells = world.cells[split]
     if arm == MARGINAL:
         probs = world.survey.training_marginal[cells.question]

@@ -2,7 +2,7 @@
 """
 Running a suite: every run is a folder that is written whole, so that a suite that was cut off goes on where it was.
 
-    worlds/<seed>                          the base model
+    worlds/<seed>                          the base model, the encoders
     sft/<seed>/<arm>/<rate>-<alpha>-<steps>
     dpo/<seed>/<arm>/<rate>
     results.json, tables.md
@@ -10,6 +10,7 @@ Running a suite: every run is a folder that is written whole, so that a suite th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .sources import PreparedData
 from .suite import Suite
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class Runner:
     Args:
         suite (`Suite`): What to run.
         output_dir (`Path`): Where; a folder of another suite is refused.
-        workers (`int`): Processes at once, one thread each.
+        workers (`int`): Processes at once; each has one of the GPUs, where there are any.
         threads (`int`): Threads of each process.
 
     Raises:
@@ -210,7 +212,7 @@ class Runner:
 
     # ------------------------------------------------------------------ runs
     def _prepare(self, worlds: Iterable[int]) -> None:
-        self._all([_Prepare(world) for world in worlds], "Base models")
+        self._all([_Prepare(world) for world in worlds], "Worlds")
 
     @property
     def longest(self) -> int:
@@ -219,9 +221,7 @@ class Runner:
 
     def world(self, seed: int) -> World:
         """A world of the suite."""
-        from .world import World
-
-        return World(self.suite, seed, self.output_dir / _Prepare(seed).folder)
+        return _world(self.suite, self.output_dir, seed)
 
     def read(self, run: SFTRun | DPORun) -> dict[str, Any]:
         """A finished run's results."""
@@ -239,12 +239,14 @@ class Runner:
         open_runs = [run for run in runs if not (self.output_dir / run.folder).exists()]
         bar = tqdm(total=len(runs), initial=len(runs) - len(open_runs), desc=description, unit="run")
         with bar:
-            if self.workers == 1:
+            gpus, context = _gpus(), get_context("spawn")
+            if self.workers == 1 and len(gpus) < 2:  # of several, a trainer would spread a run over all
                 for run in open_runs:
                     _do(self.suite, self.output_dir, run, self.threads)
                     bar.update()
                 return
-            with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
+            start = {"initializer": _take_gpu, "initargs": (gpus, context.Value("i", 0))}
+            with ProcessPoolExecutor(self.workers, mp_context=context, **start) as pool:
                 futures = {pool.submit(_do, self.suite, self.output_dir, run, self.threads): run for run in open_runs}
                 try:
                     for future in as_completed(futures):
@@ -264,6 +266,35 @@ def _chosen(losses: dict[tuple[float, ...], float], rates: tuple[float, ...]) ->
     }
 
 
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else list(map(str, range(count))))[:count]
+
+
+def _take_gpu(gpus: list[str], started: Any) -> None:
+    """Leave a new process one of the GPUs, in turn; before anything looks for them there."""
+    if not gpus:
+        return
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+def _world(suite: Suite, output_dir: Path, seed: int) -> World:
+    folder = output_dir / _Prepare(seed).folder
+    if isinstance(suite.data, PreparedData):
+        from .prepared_world import PreparedWorld
+
+        return PreparedWorld(suite, seed, folder)
+    from .survey_world import SurveyWorld
+
+    return SurveyWorld(suite, seed, folder)
+
+
 _worlds: dict[tuple[Path, int], Any] = {}
 
 
@@ -273,15 +304,14 @@ def _do(suite: Suite, output_dir: Path, run: Any, threads: int) -> None:
 
     from ..quickstart import quiet
     from .training import run_dpo, run_sft
-    from .world import World
 
     quiet()
     torch.set_num_threads(threads)
     key = (output_dir, run.world)
     if key not in _worlds:  # a process does many runs of one world
         _worlds.clear()
-        _worlds[key] = World(suite, run.world, output_dir / "worlds" / str(run.world))
-    world: World = _worlds[key]
+        _worlds[key] = _world(suite, output_dir, run.world)
+    world = _worlds[key]
     folder = output_dir / run.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(run, _Prepare):
@@ -290,3 +320,6 @@ def _do(suite: Suite, output_dir: Path, run: Any, threads: int) -> None:
         run_sft(world, suite.arm(run.arm), run.learning_rate, run.alpha, run.steps, folder)
     else:
         run_dpo(world, suite.arm(run.arm), run.learning_rate, output_dir / run.sft.folder, folder)
+    if torch.cuda.is_available():  # a model and its trainer refer to each other: without this the next has no room
+        gc.collect()
+        torch.cuda.empty_cache()

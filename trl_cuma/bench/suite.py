@@ -7,57 +7,16 @@ import dataclasses
 import difflib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from .arms import Arm, Reference
+from .sources import Base, Data, GivenBase, PreparedData, base_of, data_of
 
 MARGINAL = "marginal"  # in `compare`: the training marginal instead of an arm
-
-
-@dataclass(frozen=True)
-class Data:
-    """
-    The survey that a world is drawn from.
-
-    Args:
-        source (`str`): `"simulated"` or `"global_opinions"`.
-        path (`str`, *optional*): GlobalOpinionQA's file.
-        args (`dict`): Arguments of `simulate_survey`, or of `load_global_opinions`.
-        cells (`int`): Evaluated cells per split, a uniform sample.
-        validation_answers (`int`): Answers of the validation split that settings and steps are chosen on.
-    """
-
-    source: str
-    path: str | None = None
-    args: dict[str, Any] = field(default_factory=dict)
-    cells: int = 400
-    validation_answers: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.source not in ("simulated", "global_opinions"):
-            raise ValueError(f"`data.source` is {self.source!r}, expected 'simulated' or 'global_opinions'.")
-        if (self.path is None) != (self.source == "simulated"):
-            raise ValueError("`data.path` names GlobalOpinionQA's file, and a simulated survey has none.")
-
-
-@dataclass(frozen=True)
-class Base:
-    """
-    The base model that is pretrained in every world, see `trl_cuma.quickstart.language_model`.
-
-    Args:
-        model (`dict`): Arguments of `trl_cuma.testing.tiny_model`.
-        steps, batch_size (`int`), learning_rate (`float`): Of its pretraining.
-    """
-
-    model: dict[str, Any]
-    steps: int = 400
-    batch_size: int = 64
-    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -137,7 +96,8 @@ class Suite:
 
     Args:
         name (`str`): Its name, in the tables' titles.
-        data (`Data`), base (`Base`), training (`Training`), tuning (`Tuning`): What every arm shares.
+        data (`Data` or `PreparedData`), base (`Base` or `GivenBase`), training (`Training`), tuning (`Tuning`): What
+            every arm shares.
         reference (`Reference`): CuMA's adapter, whose size is the budget.
         worlds (`tuple[int, ...]`): Seeds of the worlds that are reported.
         arms (`list[Arm]`): In the YAML, a value that is a list stands for one arm per item.
@@ -149,8 +109,8 @@ class Suite:
     """
 
     name: str
-    data: Data
-    base: Base
+    data: Data | PreparedData
+    base: Base | GivenBase
     training: Training
     tuning: Tuning
     reference: Reference
@@ -172,6 +132,42 @@ class Suite:
         for arm in self.arms:
             if arm.encoder != "field" and self.text_encoder is None:
                 raise ValueError(f"Arm {arm.key!r} has `encoder: {arm.encoder}`, and the suite no `text_encoder`.")
+        if isinstance(self.base, GivenBase):
+            self._check_base(self.base)
+        if isinstance(self.data, PreparedData):
+            self._check_prepared(self.data)
+        elif isinstance(self.base, GivenBase):
+            raise ValueError(
+                f"`base.path` names a base model, and `data.source: {self.data.source}` pretrains a tiny one in each "
+                "world. Give `base.model`."
+            )
+
+    def _check_base(self, base: GivenBase) -> None:
+        if base.micro_batch_size is not None and (
+            base.micro_batch_size < 1 or self.training.batch_size % base.micro_batch_size
+        ):
+            raise ValueError(
+                f"`base.micro_batch_size` is {base.micro_batch_size}, expected a divisor of `training.batch_size` "
+                f"({self.training.batch_size})."
+            )
+        for arm in self.arms:
+            if arm.of.peft == "full" and base.load_in_4bit:
+                raise ValueError(f"Arm {arm.key!r} trains the base, which `load_in_4bit` quantizes. Leave one out.")
+
+    def _check_prepared(self, data: PreparedData) -> None:
+        if not isinstance(self.base, GivenBase):
+            raise ValueError("`data.source: prepared` needs a base model that can read it: give `base.path`.")
+        if self.dpo is not None:
+            raise ValueError(
+                "`dpo` is measured on the exact option distributions of the simulated survey and of GlobalOpinionQA, "
+                "which `data.source: prepared` doesn't have. Leave `dpo` out."
+            )
+        for arm in self.arms:
+            if arm.prompt_profile and data.prompt_path is None:
+                raise ValueError(
+                    f"Arm {arm.key!r} has `prompt_profile: true`, and `data` no `prompt_path`. Name the folder of the "
+                    "same rows with the profile in the prompt (`trl-cuma prepare … --demographics system`)."
+                )
 
     def arm(self, key: str) -> Arm:
         """The arm with this key."""
@@ -181,13 +177,13 @@ class Suite:
         raise ValueError(f"There is no arm {key!r}{_nearest(key, [arm.key for arm in self.arms])}.")
 
 
-_PARTS = {
-    "data": Data,
-    "base": Base,
-    "training": Training,
-    "tuning": Tuning,
-    "reference": Reference,
-    "dpo": Preferences,
+_PARTS: dict[str, Callable[[Any], type]] = {
+    "data": data_of,
+    "base": base_of,
+    "training": lambda _: Training,
+    "tuning": lambda _: Tuning,
+    "reference": lambda _: Reference,
+    "dpo": lambda _: Preferences,
 }
 
 
@@ -219,7 +215,7 @@ def read_suite(
             data = _mapping(_mapping(content, "the suite").get("data"), "data")
             content = {**content, "data": {**data, "path": data_path}}
         content = {
-            key: _build(_PARTS[key], value, key) if key in _PARTS and value is not None else value
+            key: _build(_PARTS[key](value), value, key) if key in _PARTS and value is not None else value
             for key, value in _mapping(content, "the suite").items()
         }
         content["arms"] = [_build(Arm, arm, "arms") for entry in content.get("arms", []) for arm in _product(entry)]

@@ -4,14 +4,15 @@ A finished suite in tables: means over worlds with 95 % t intervals, and paired 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.metrics.intervals import Estimate, t_interval
-from .comparison import compare_cells, compare_worlds, emd_by_world
+from .comparison import by_world, compare_answers, compare_cells, compare_worlds, detectable
 from .runner import Runner
+from .sources import PreparedData
 from .suite import Suite
 
 SPLITS = {
@@ -20,6 +21,8 @@ SPLITS = {
     "held_out_questions": "held-out questions",
     "held_out_cells": "held-out cells",
     "held_out_countries": "held-out countries",
+    "test_combinations": "test, held-out combinations",
+    "test_countries": "test, held-out countries",
 }
 
 
@@ -32,8 +35,11 @@ def tables(runner: Runner, results: dict[str, Any]) -> str:
         budget = factor * suite.training.steps
         parts += [_split_table(suite, results, budget, split, baselines) for split in _splits(results)]
     for factor in suite.training.factors:
-        if suite.compare and len(suite.worlds) > 1:
-            parts.append(_comparisons(runner, results, factor * suite.training.steps))
+        budget = factor * suite.training.steps
+        if suite.compare and isinstance(suite.data, PreparedData):
+            parts.append(_differences(runner, results, budget))
+        elif suite.compare and len(suite.worlds) > 1:
+            parts.append(_comparisons(runner, results, budget))
     if "dpo" in results:
         parts += [_dpo(suite, results["dpo"], split) for split in _splits(results)]
     return "\n\n".join(parts) + "\n"
@@ -44,9 +50,22 @@ def _splits(results: dict[str, Any]) -> list[str]:
     return list(next(iter(run["budgets"].values()))["splits"])
 
 
+def _scores_of_a_run(results: dict[str, Any], budget: int, split: str) -> dict[str, Any]:
+    run = next(iter(next(iter(results["sft"].values())).values()))
+    return run["budgets"][str(budget)]["splits"][split]
+
+
 def _protocol(suite: Suite) -> str:
     worlds, tuning = suite.worlds, suite.tuning
     grid = len(tuning.learning_rates) * len(tuning.alphas)
+    if isinstance(suite.data, PreparedData):
+        return (
+            f"Seeds of training: {_listed(worlds)}. Settings of every arm chosen from the same {grid} by the log-loss "
+            f"of {suite.data.validation_answers:,} validation answers, with seed {_listed(tuning.worlds)}; steps by "
+            f"the same, every {suite.training.select_every} up to the budget. Mean over seeds and its 95 % t "
+            "interval, which is of the training alone: the comparisons resample people and questions. n/a: there are "
+            "no training answers to a question."
+        )
     return (
         f"{len(worlds)} worlds ({_listed(worlds)}); settings of every arm chosen from the same {grid} by the log-loss "
         f"of validation answers in {'world' if len(tuning.worlds) == 1 else 'worlds'} {_listed(tuning.worlds)}; steps "
@@ -72,16 +91,31 @@ def _tuning(suite: Suite, results: dict[str, Any]) -> str:
     return _table(["chosen settings", "matched", "learning rate", "α / r", "edge of the grid", "validation NLL"], rows)
 
 
+Metrics = list[tuple[str, Callable[[dict[str, float]], float], int]]  # heading, from a split's scores, digits
+
+OF_SURVEYS: Metrics = [
+    ("EMD ↓", lambda s: s["emd"], 3),
+    ("KL explained ↑", lambda s: 1 - s["kl"] / s["kl_marginal"], 2),
+    ("gap closed ↑", lambda s: 1 - s["emd"] / s["emd_marginal"], 2),
+    ("accuracy ↑", lambda s: s["accuracy"], 3),
+]
+HEADINGS = {"nll": "log-loss ↓", "accuracy": "accuracy ↑", "emd": "EMD ↓", "kl": "KL ↓"}
+
+
+def _of_prepared(scores: dict[str, Any], suffix: str = "") -> Metrics:
+    names = [name for name in HEADINGS if name in scores]
+    return [(HEADINGS[name], lambda s, name=name + suffix: s[name], 4 if name == "nll" else 3) for name in names]
+
+
 def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str, baselines: dict[str, Any]) -> str:
-    metrics: list[tuple[str, Callable[[dict[str, float]], float], int]] = [
-        ("EMD ↓", lambda s: s["emd"], 3),
-        ("KL explained ↑", lambda s: 1 - s["kl"] / s["kl_marginal"], 2),
-        ("gap closed ↑", lambda s: 1 - s["emd"] / s["emd_marginal"], 2),
-        ("accuracy ↑", lambda s: s["accuracy"], 3),
-    ]
-    rows = []
-    for name, by_world in baselines.items():
-        values = [by_world[str(world)][split] for world in suite.worlds if split in by_world[str(world)]]
+    metrics, rows = OF_SURVEYS, []
+    if isinstance(suite.data, PreparedData):
+        scores = _scores_of_a_run(results, budget, split)  # the marginal's are the same in all
+        metrics = _of_prepared(scores)
+        marginal = [_mean([read(scores)], digits) for _, read, digits in _of_prepared(scores, "_marginal")]
+        rows.append(["training marginal", "", "", "", *marginal])
+    for name, scores in baselines.items():
+        values = [scores[str(world)][split] for world in suite.worlds if split in scores[str(world)]]
         if values:
             rows.append([name, "", "", ""] + [_mean([read(v) for v in values], digits) for _, read, digits in metrics])
     for arm in suite.arms:
@@ -94,7 +128,7 @@ def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str,
             [arm.label, _matched(arm.matched), f"{parameters:,}", steps]
             + [_mean([read(v) for v in values], digits) for _, read, digits in metrics]
         )
-    header = [f"SFT, {SPLITS[split]}, {budget} steps", "matched", "parameters", "steps"]
+    header = [f"SFT, {_title(split)}, {budget} steps", "matched", "parameters", "steps"]
     return _table([*header, *(title for title, _, _ in metrics)], rows)
 
 
@@ -103,13 +137,13 @@ def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
     for first, second in suite.compare:
         for split in _splits(results):
             if suite.data.source == "simulated":
-                found = compare_worlds(*(emd_by_world(results, arm, budget, split) for arm in (first, second)))
+                found = compare_worlds(*(by_world(results, arm, budget, split) for arm in (first, second)))
             else:
                 found = compare_cells(runner, results, first, second, budget, split)
             rows.append(
                 [
                     f"{first} ÷ {second}",
-                    SPLITS[split],
+                    _title(split),
                     f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]",
                     "" if found.p is None else f"{found.p:.3f}",
                     f"{found.detectable:.2f}",
@@ -120,6 +154,40 @@ def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
     return _table([f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable", "verdict"], rows)
 
 
+def _differences(runner: Runner, results: dict[str, Any], budget: int) -> str:
+    """Of prepared data: on the same answers, averaged over seeds."""
+    suite = runner.suite
+    names = [name for name in HEADINGS if name in _scores_of_a_run(results, budget, _splits(results)[0])]
+    rows, units = [], set()
+    for first, second in suite.compare:
+        for split in _splits(results):
+            found = compare_answers(runner, results, first, second, budget, split)
+            values = [_estimate(found[name][0]) if name in found else "n/a" for name in names]
+            least, verdict = "n/a", "n/a"
+            if "nll" in found:
+                nll, unit = found["nll"]
+                units.add(unit)
+                if nll.low is not None:
+                    least, verdict = f"{detectable(nll):.4f}", _verdict(nll)
+            rows.append([f"{first} − {second}", _title(split), *values, least, verdict])
+    title = ", ".join(
+        [f"differences, {budget} steps, mean over seeds", *(f"{unit} resampled" for unit in sorted(units))]
+    )
+    return _table([title, "split", *(HEADINGS[name] for name in names), "detectable", "log-loss is"], rows)
+
+
+def _verdict(difference: Estimate) -> str:
+    if difference.high < 0:
+        return "better"
+    return "worse" if difference.low > 0 else "no difference shown"
+
+
+def _estimate(found: Estimate) -> str:
+    if found.low is None:
+        return "n/a" if found.value is None else f"{found.value:+.4f}"
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
 def _dpo(suite: Suite, results: dict[str, Any], split: str) -> str:
     metrics = [("pair_log_loss", "pair log-loss ↓"), ("pair_accuracy", "pair accuracy ↑"), ("accuracy", "choice ↑")]
     rows = []
@@ -128,10 +196,16 @@ def _dpo(suite: Suite, results: dict[str, Any], split: str) -> str:
         chosen = results["chosen"][key]
         rate = f"{chosen['settings'][0]:g}{' (edge)' if chosen['at_the_edge'] else ''}"
         rows.append([suite.arm(key).label, rate, *(_mean([v[name] for v in values], 3) for name, _ in metrics)])
-    return _table([f"DPO, {SPLITS[split]}", "learning rate", *(title for _, title in metrics)], rows)
+    return _table([f"DPO, {_title(split)}", "learning rate", *(title for _, title in metrics)], rows)
 
 
-def _mean(values: list[float], digits: int) -> str:
+def _title(split: str) -> str:
+    return SPLITS.get(split, split.replace("_", " "))
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    if None in values:
+        return "n/a"
     found: Estimate = t_interval(np.array(values))
     if found.low is None:
         return f"{found.value:.{digits}f}"
