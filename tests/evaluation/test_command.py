@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from trl_cuma.cli import main
 from trl_cuma.data.conversion import MESSAGES
 from trl_cuma.data.prompts import PromptFormat
 from trl_cuma.data.survey import Question
-from trl_cuma.evaluation.command import main_evaluate
+from trl_cuma.evaluation.command import _key, main_evaluate
 from trl_cuma.evaluation.evaluation_data import Wording, people_of, training_marginal
 from trl_cuma.evaluation.rows import read_rows
 from trl_cuma.testing import chat_tokenizer, tiny_model
@@ -118,7 +119,7 @@ def test_the_report_of_an_adapter(runs, folder):
     # marginal (12 + 0.5) / 37.5 of each option, so log 3 nats.
     assert split["metrics"]["nll"]["marginal"] == pytest.approx(np.log(3), abs=1e-9)
     assert split["metrics"]["nll"]["value"] > 0.5
-    assert split["metrics"]["emd"]["unit"] == "country × question"
+    assert split["metrics"]["emd"]["unit"] == "question"  # three countries are no sample of countries
     assert {panel["group"] for panel in split["distributions"]} == set(COUNTRIES)
     assert split["distributions"][0]["question"].startswith("How often do you eat dish")
     assert split["distributions"][0]["options"] == ["never", "often", "daily"]
@@ -166,9 +167,22 @@ def test_the_marginal_is_of_the_training_answers():
     # Persons 0 to 3 answer A, B, C, A to Q0; half an answer is added to each option.
     found = training_marginal(read_rows(rows(0, 4)))
     assert found["Q0"] == pytest.approx(np.array([2.5, 1.5, 1.5]) / 5.5)
+    weighted = rows(0, 4).add_column("weight", np.repeat([1.0, 2.0, 0.5, 3.0], 4))  # A: 1 + 3, B: 2, C: 0.5
+    assert training_marginal(read_rows(weighted))["Q0"] == pytest.approx(np.array([4.5, 2.5, 1.0]) / 8)
     with pytest.raises(ValueError, match="'Q0' has 3 options in one row of the training split and 2 in another"):
         mixed = rows(0, 2).map(lambda row, index: {"num_options": 2 if index == 4 else 3}, with_indices=True)
         training_marginal(read_rows(mixed.filter(lambda row: row["completion"][0]["content"] != "C")))
+
+
+def test_the_key_is_of_the_same_answers_of_the_same_people():
+    def key(**changes):
+        fields = ("question_id", "num_options", "profile", "truth", "answer_cell", "answer_choice")
+        arrays = dict.fromkeys(fields, np.zeros(2)) | {"answer_person": np.array(["p", "q"])}
+        return _key(SimpleNamespace(**arrays | {"answer_weight": np.ones(2)} | changes))
+
+    assert key() == key()
+    assert key() != key(answer_person=np.array(["p", "p"]))
+    assert key() != key(answer_weight=np.array([1.0, 2.0]))
 
 
 def test_each_person_counts_once_for_the_topology():
@@ -199,6 +213,7 @@ def test_two_runs_are_compared(runs, tmp_path, capsys):
     [
         (["--split", "dev"], "has the splits ['train', 'test']"),
         (["--split", "train"], "was trained on"),
+        (["--train_split", "trian"], "`--train_split` names 'trian', which the data lacks"),
         (["--group_by", "shoe_size"], "'shoe_size', which no profile has"),
         (["--limit", "0"], "`--limit` is 0"),
         (["--max_bad_share", "0"], "1 of 145 rows"),

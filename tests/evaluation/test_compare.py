@@ -12,14 +12,29 @@ from trl_cuma.evaluation.compare import compare_runs, comparison_markdown, write
 CLUSTERS = (np.arange(60) // 6, np.arange(60) % 6)
 
 
-def write_run(folder, shift=0.0, key="same", splits=("test",), clusters=CLUSTERS, unit="country", cells=True):
+def write_run(
+    folder,
+    shift=0.0,
+    key="same",
+    splits=("test",),
+    clusters=CLUSTERS,
+    unit="country",
+    cells=True,
+    people=CLUSTERS[0],
+    weight=1.0,
+    marginal=0.0,
+):
     folder.mkdir(parents=True)
     rows = np.random.default_rng(0).normal(1, 0.5, 60)
-    scores = Scores({"emd": rows + shift, "kl": rows}, clusters, (unit, "question"), np.ones(60))
-    answers = Scores({"accuracy": (rows > 1).astype(float)}, CLUSTERS, ("person", "question"), np.ones(60))
+    columns = {"emd": rows + shift, "kl": rows, "kl_marginal": rows + 1 + marginal}
+    scores = Scores(columns, clusters, (unit, "question"), np.r_[weight, np.ones(59)])
+    answers = Scores(
+        {"accuracy": (rows > 1).astype(float)}, (people, CLUSTERS[1]), ("person", "question"), np.ones(60)
+    )
     metrics = {
         "emd": {"value": rows.mean() + shift, "low": 0.8, "high": 1.2, "n": 6, "unit": "country × question"},
         "kl": {"value": None, "low": None, "high": None, "n": 0, "unit": "", "note": "why not"},
+        "kl_explained": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 6, "unit": "country × question"},
         "accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 6, "unit": "person × question"},
     }
     document = {"version": 1, "model": {"name": "m"}, "splits": {split: {"metrics": metrics} for split in splits}}
@@ -56,10 +71,25 @@ def test_other_data_is_not_paired(tmp_path):
 
 def test_other_groups_of_the_same_answers_leave_the_answers_paired(tmp_path):
     a = write_run(tmp_path / "a")
-    for name, other in (("b", {"clusters": CLUSTERS[::-1]}), ("c", {"unit": "religion"})):
+    others = {"clusters": CLUSTERS[::-1]}, {"unit": "religion"}, {"weight": 2.0}
+    for name, other in zip("bcd", others, strict=True):
         (found,) = differences(a, write_run(tmp_path / name, **other))
         assert found["metrics"].keys() == {"accuracy"}
         assert "other fields or sizes" in found["note"]
+
+
+def test_answers_of_other_people_are_not_paired(tmp_path):
+    (found,) = differences(write_run(tmp_path / "a"), write_run(tmp_path / "b", people=np.arange(60) // 12))
+    assert found["metrics"].keys() == {"emd", "kl_explained"}
+    assert found["note"] == "answers not paired: the runs tell people apart in different ways"
+
+
+def test_other_training_answers_leave_what_needs_no_marginal(tmp_path):
+    a = write_run(tmp_path / "a")
+    same, other = differences(a, write_run(tmp_path / "b"), write_run(tmp_path / "c", marginal=0.5))
+    assert same["metrics"].keys() == {"emd", "kl_explained", "accuracy"} and same["note"] is None
+    assert other["metrics"].keys() == {"emd", "accuracy"} and other["paired"]
+    assert "the runs' training answers differ" in other["note"]
 
 
 def test_splits_that_runs_share(tmp_path):

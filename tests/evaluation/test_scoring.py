@@ -109,7 +109,7 @@ def test_truth_and_marginal_are_the_ends_of_the_scale(which, explained):
 
 def test_questions_without_training_answers_have_no_marginal():
     document, _ = score_prediction(published(TRUTH, TRUTH, *CELLS), {"q1": MARGINAL["q1"]}, num_samples=50)
-    assert document["metrics"]["kl_explained"]["note"] == "over the 2 of 4 cells with training answers"
+    assert document["metrics"]["kl_explained"]["note"].endswith("over the 2 of 4 cells with training answers")
     assert document["metrics"]["emd"]["marginal"] is None  # of half of the cells it would be no comparison
     assert [panel["marginal"] is None for panel in document["distributions"]] == [
         panel["question"] == "q2" for panel in document["distributions"]
@@ -160,6 +160,7 @@ def test_small_groups_are_other():
     document, _ = score_prediction(prediction, {}, min_group_size=3, num_samples=50)
     found = {entry["group"]: entry["people"] for entry in document["groups"]["country"]}
     assert found == {"A": 4, "B": 3, "Other": 3}
+    assert "small groups count as one" in document["inequity"]["country"]["note"]
     # With 4, "Other" would be B, C and the unknown: 6.
     document, _ = score_prediction(prediction, {}, min_group_size=4, num_samples=50)
     assert {entry["group"]: entry["people"] for entry in document["groups"]["country"]} == {"A": 4, "Other": 6}
@@ -173,9 +174,59 @@ def test_nobody_is_told_by_subtraction():
     assert document["metrics"]["emd"]["note"] == "no question was answered by 3 people of one group"
 
 
-def test_unknown_people_are_a_person_each():
-    prediction = people([0, 1, 2, 0], [*"AABB"], ["", "", "p", "p"])
+def test_answers_without_a_person_are_not_counted_as_people():
+    # Four answers of profile A without a person may be one person's: nobody is named by them.
+    prediction = people([0, 1, 2, 0, 0, 0], [*"AAAABB"], ["", "", "", "", "p", "q"])
+    document, _ = score_prediction(prediction, {}, min_group_size=2, num_samples=50)
+    assert document["counts"]["people"] == 3 and document["counts"]["answers without a person"] == 4
+    assert document["groups"]["country"] == []
+    assert "4 answers without a person" in document["metrics"]["accuracy"]["note"]
+    # Nor do they add to the people that are known.
+    prediction = people([0, 1, 2, 0], [*"AABB"], ["", "r", "p", "q"])
     assert score_prediction(prediction, {}, min_group_size=1, num_samples=50)[0]["counts"]["people"] == 3
+
+
+def test_a_field_tells_nobody_of_another():
+    # Oceania's 6 less Australia's 5 would be the one person of Fiji; Europe has 8 people in 2 countries.
+    profiles = [("Oceania", "Australia", 5), ("Oceania", "Fiji", 1), ("Europe", "Italy", 4), ("Europe", "Spain", 4)]
+    prediction = people([0] * 14, [name for _, name, count in profiles for _ in range(count)], range(14))
+    continent = {name: area for area, name, _ in profiles}
+    for profile in prediction.demographic:
+        profile["area"] = continent[profile["country"]]
+    prediction = replace(prediction, answer_person=np.array([f"p{i}" for i in range(14)]))
+
+    def shown(fields):
+        document, _ = score_prediction(prediction, {}, group_by=fields, min_group_size=3, num_samples=50)
+        return {name: {row["group"]: row["people"] for row in rows} for name, rows in document["groups"].items()}
+
+    # Fiji goes with the smallest country. Oceania less Australia would be Fiji, as would everybody less Europe.
+    assert shown(["country", "area"]) == {"country": {"Australia": 5, "Spain": 4, "Other": 5}, "area": {}}
+    # The first field keeps its groups.
+    found = shown(["area", "country"])
+    assert found == {"area": {"Europe": 8, "Oceania": 6}, "country": {"Italy": 4, "Spain": 4, "Other": 6}}
+
+
+def test_answers_of_weight_zero_are_left_out_and_counted():
+    prediction = people([0, 2, 1], ["A", "A", "B"], ["p", "q", "r"], weights=[1, 3, 0])
+    document, _ = score_prediction(prediction, {}, min_group_size=1, num_samples=50)
+    assert document["counts"]["answers"] == 2 and document["counts"]["answers of weight 0"] == 1
+    assert document["metrics"]["accuracy"]["value"] == pytest.approx(0.25)
+    assert [entry["group"] for entry in document["groups"]["country"]] == ["A"]  # nobody is of B
+    with pytest.raises(ValueError, match="`weight` is 0 in all rows"):
+        score_prediction(people([0], ["A"], ["p"], weights=[0]), {}, min_group_size=1)
+
+
+def test_a_question_with_other_options_in_training_has_no_marginal():
+    prediction = people([0, 2], ["A", "A"], ["p", "q"])
+    document, _ = score_prediction(prediction, {"q": np.array([0.4, 0.6])}, min_group_size=1, num_samples=50)
+    assert document["metrics"]["nll"]["marginal"] is None
+    assert "1 questions have other options in the training answers" in document["metrics"]["nll"]["note"]
+    # The same id with 2 and with 3 options: two questions, of which one is that of the training answers.
+    prediction = people([0, 2, 1], ["A", "A", "B"], ["p", "q", "r"], predicted=[[0.5, 0.3, 0.2], [0.5, 0.5, 0]])
+    prediction = replace(prediction, num_options=np.array([3, 2]))
+    document, tables = score_prediction(prediction, {"q": np.array([0.4, 0.6])}, min_group_size=1, num_samples=50)
+    assert document["counts"]["questions"] == 2
+    assert tables["answers"].columns["nll_marginal"] == pytest.approx([np.nan, np.nan, -np.log(0.6)], nan_ok=True)
 
 
 def test_a_person_may_have_moved():
@@ -195,6 +246,13 @@ def test_fields_to_group_by():
     assert list(score_prediction(prediction, MARGINAL, group_by=["age"], num_samples=50)[0]["groups"]) == ["age"]
     with pytest.raises(ValueError, match="'size', which no profile has"):
         score_prediction(prediction, MARGINAL, group_by=["size"])
+
+
+def test_cells_of_a_profile_are_not_called_by_the_only_field_asked_for():
+    profiles = [{"age": "old", "country": "A"}, {"age": None, "country": "B"}]
+    prediction = replace(published(TRUTH, TRUTH, *CELLS), demographic=profiles)
+    _, tables = score_prediction(prediction, MARGINAL, group_by=["country"], num_samples=50)
+    assert tables["cells"].units == ("profile", "question")
 
 
 def test_panels_show_where_groups_differ_and_where_they_agree():

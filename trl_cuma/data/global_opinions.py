@@ -100,9 +100,7 @@ def load_global_opinions(
     split = np.concatenate([split, np.full(len(abroad), "held_out_countries", dtype=object)])
     # A country that is left with held-out questions only is as unknown as those that are held out.
     trained = {row["country"] for row, name in zip(rows, split, strict=True) if name == "train"}
-    known = [
-        name != "held_out_questions" or row["country"] in trained for row, name in zip(rows, split, strict=True)
-    ]
+    known = [name != "held_out_questions" or row["country"] in trained for row, name in zip(rows, split, strict=True)]
     rows, split = list(itertools.compress(rows, known)), split[known]
 
     # In the published data the wording of one question differs between rows by white space at most.

@@ -189,9 +189,7 @@ def simulate_survey(
             _, first = np.unique(values[candidates, :3], axis=0, return_index=True)
             cell_profile, cell_question = (
                 grid.reshape(-1)
-                for grid in np.meshgrid(
-                    profile[candidates[np.sort(first)]], np.flatnonzero(asked_here), indexing="ij"
-                )
+                for grid in np.meshgrid(profile[candidates[np.sort(first)]], np.flatnonzero(asked_here), indexing="ij")
             )
             truth = np.einsum("cg,cgk->ck", group_probs[cell_profile], option_probs[cell_question])
             cells[name] = Cells(cell_question, cell_profile, truth).sample(max_cells, seed)

@@ -99,7 +99,8 @@ def measure(
     seed: int = 0,
 ) -> tuple[Estimate, str] | None:
     """
-    A metric of [`FORMULAS`] or [`CHOICES`] with its interval, or how much it differs from another run's on the same rows.
+    A metric of [`FORMULAS`] or [`CHOICES`] with its interval, or how much it differs from another run's on the same
+    rows.
 
     Args:
         name (`str`): A key of one of them.
@@ -138,3 +139,8 @@ def measure(
         return estimate, " × ".join(scores.units)
     sizes = [len(np.unique(column[rows])) for column in scores.clusters]
     return estimate, scores.units[sizes.index(len(np.unique(clusters[0])))]
+
+
+def add_note(entry: dict[str, Any], note: str) -> None:
+    """Adds to an entry's note."""
+    entry["note"] = "; ".join(filter(None, [entry.get("note"), note]))

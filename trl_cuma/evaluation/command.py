@@ -93,7 +93,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="what `trl-cuma prepare` wrote, or rows like it; or the id of a data set")
     add("--data_config", default=None, help="configuration of the data set")
     add("--split", nargs="+", default=["test"], help="splits to evaluate; default: test")
-    add("--train_split", default="train", help="whose answers make the training marginal; default: train")
+    add(
+        "--train_split", default=None, help="whose answers make the training marginal; default: train, if there is one"
+    )
     add("--output_dir", type=Path, required=True, help="a folder that is not there yet")
     group = parser.add_argument_group("rows")
     group.add_argument("--answer_by", choices=("letter", "text"), default="letter", help="what a row answers")
@@ -168,7 +170,12 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
     from .survey import predict_rows
 
     columns = {name: getattr(args, name) for name in ("answer_by", "demographic_column", "person_column")}
-    splits, train = load_splits(args.data, args.data_config, args.split, args.train_split)
+    splits, train = load_splits(args.data, args.data_config, args.split, args.train_split or "train")
+    if args.train_split and train is None:
+        raise ValueError(
+            f"`--train_split` names {args.train_split!r}, which the data lacks. Name the split that was trained "
+            "on, or leave the option out: then 'train' is taken, if there is one."
+        )
     surveys, choices = {}, {}
     for name, rows in splits.items():
         _check_fields(args, rows.features.get(args.demographic_column))
@@ -322,9 +329,13 @@ def _training_log(adapter: Path) -> list[dict[str, Any]]:
 def _key(prediction: Any) -> str:
     """Of which cells and answers a prediction is: equal for every model that is asked the same."""
     digest = hashlib.sha256()
+    # With `answer_person`: people are resampled, so that other people make other intervals.
     parts: Mapping[str, Any] = {
         name: getattr(prediction, name)
-        for name in ("question_id", "num_options", "profile", "truth", "answer_cell", "answer_choice", "answer_weight")
+        for name in (
+            *("question_id", "num_options", "profile", "truth"),
+            *("answer_cell", "answer_choice", "answer_person", "answer_weight"),
+        )
     }
     for name, values in parts.items():
         digest.update(name.encode())

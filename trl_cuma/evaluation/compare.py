@@ -23,6 +23,13 @@ from .resampling import metric
 
 TITLE = "Comparison of evaluations"
 
+NOT_PAIRED = {
+    "cells": "distributions not paired: the runs group people by other fields or sizes",
+    "answers": "answers not paired: the runs tell people apart in different ways",
+    "own_choices": "choices not paired: the runs tell people or prompts apart in different ways",
+}
+"""Table of scores → what it means that its rows are not of the same clusters and weights."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -148,29 +155,57 @@ def _load(folder: Path, name: str) -> Run:
 
 def _same_rows(one: Scores, other: Scores) -> bool:
     """Of the same answers, cells differ where people were grouped by other fields or sizes."""
+    if one.units != other.units:
+        return False
     pairs = zip((*one.clusters, one.weights), (*other.clusters, other.weights), strict=True)
-    return one.units == other.units and all(np.array_equal(a, b) for a, b in pairs)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _same_marginal(tables: Mapping[str, Scores], against: Mapping[str, Scores]) -> bool:
+    """Whether what both runs were held against comes from the same training answers."""
+    return all(
+        np.allclose(scores.columns[name], against[table].columns[name], equal_nan=True)
+        for table, scores in tables.items()
+        for name in scores.columns.keys() & against[table].columns.keys()
+        if name.endswith("_marginal")
+    )
 
 
 def _difference(first: Run, run: Run, split: str, num_samples: int, seed: int) -> dict[str, Any]:
     keys = [each.key(split) for each in (first, run)]
-    note = None
+    notes = []
     if None in keys:
-        note = "not paired: a run has no cells.npz for this split"
+        notes.append("not paired: a run has no cells.npz for this split")
     elif keys[0] != keys[1]:
-        note = "not paired: measured on other cells or answers than the first run, so that a difference may be theirs"
+        notes.append(
+            "not paired: measured on other cells or answers than the first run, so that a difference may be theirs"
+        )
     metrics = {}
-    if note is None:
-        tables, against = run.tables(split), first.tables(split)
-        if {"cells"} <= tables.keys() & against.keys() and not _same_rows(tables["cells"], against["cells"]):
-            tables.pop("cells")
-            note = "distributions not paired: the runs group people by other fields or sizes"
-        for name in (*FORMULAS, *CHOICES):
+    if not notes:
+        against = first.tables(split)
+        tables = {name: scores for name, scores in run.tables(split).items() if name in against}
+        for table, why in NOT_PAIRED.items():
+            if table in tables and not _same_rows(tables[table], against[table]):
+                del tables[table]
+                notes.append(why)
+        same_marginal = _same_marginal(tables, against)
+        if not same_marginal:
+            notes.append(
+                "nothing that is held against the training marginal is compared: the runs' training answers differ"
+            )
+        for name, formula in (FORMULAS | CHOICES).items():
+            if not same_marginal and any(column.endswith("_marginal") for column in formula.columns):
+                continue
             values = [each.evaluation["splits"][split]["metrics"].get(name, {}).get("value") for each in (first, run)]
             # A metric that is n/a in one of the runs has no difference, such as an index without a denominator.
             if None not in values and (found := measure(name, tables, against, num_samples=num_samples, seed=seed)):
                 metrics[name] = metric(*found)
-    return {"run": run.name, "paired": note is None or bool(metrics), "note": note, "metrics": metrics}
+    return {
+        "run": run.name,
+        "paired": not notes or bool(metrics),
+        "note": "; ".join(notes) or None,
+        "metrics": metrics,
+    }
 
 
 def _sections(comparison: Mapping[str, Any]) -> list[Section]:

@@ -66,11 +66,15 @@ def distribution_panels(
 
 
 def collapse_points(cells: DistributionCells) -> dict[str, Any]:
-    """Entropies per cell, in nats, of at most 2000 cells; `None` for the marginal's where it is not known."""
+    """
+    Entropies per cell, in nats, of at most 2000 cells; `None` for the marginal's where it is not known. To the true
+    ones is added by how much few answers make them too low.
+    """
     rows = np.unique(np.linspace(0, len(cells) - 1, min(len(cells), MAX_POINTS)).astype(int))
+    true = np.minimum(entropy(cells.truth[rows]) + cells.noise[rows], np.log(cells.num_options[rows]))
     points = {
-        f"{key}_entropy": entropy(probs[rows]).round(6).tolist()
-        for key, probs in (("predicted", cells.predicted), ("true", cells.truth))
+        "predicted_entropy": entropy(cells.predicted[rows]).round(6).tolist(),
+        "true_entropy": true.round(6).tolist(),
     }
     known = np.isfinite(cells.marginal).all()
     return points | {"marginal_entropy": entropy(cells.marginal[rows]).round(6).tolist() if known else None}

@@ -28,6 +28,8 @@ class DistributionCells:
             where there are no training answers to the question.
         weight (`np.ndarray` of shape `(cells,)`): Answers of each cell, by survey weights; 1 where there are none.
         outside, position_bias (`np.ndarray` of shape `(cells,)`): See [`SurveyPrediction`]; `nan` where not known.
+        noise (`np.ndarray` of shape `(cells,)`): Nats by which the entropy of `truth` is too low as it is the shares
+            of few answers, `(options - 1) / 2n` (Miller and Madow); 0 where the truth is known.
     """
 
     question: np.ndarray
@@ -40,44 +42,85 @@ class DistributionCells:
     weight: np.ndarray
     outside: np.ndarray
     position_bias: np.ndarray
+    noise: np.ndarray
 
     def __len__(self) -> int:
         return len(self.question)
 
 
 def number_people(prediction: SurveyPrediction) -> np.ndarray:
-    """A number for each answer's person, `(answers,)`; of an unknown person one for each answer."""
-    names = prediction.answer_person.tolist()
-    return number_labels(name or -1 - row for row, name in enumerate(names))
+    """
+    A number for each answer's person, `(answers,)`. Answers of unknown people with the same profile count as one
+    person's, and as a known person's where there is one of that profile: as ten answers may be of one person, counting
+    them as ten would name a group of one.
+    """
+    names, profiles = prediction.answer_person.tolist(), prediction.profile[prediction.answer_cell].tolist()
+    known: dict[int, str] = {}
+    for name, profile in zip(names, profiles, strict=True):
+        if name:
+            known.setdefault(profile, name)
+    return number_labels(
+        name or known.get(profile, -1 - profile) for name, profile in zip(names, profiles, strict=True)
+    )
 
 
 def group_names(
-    values: Sequence[str | None], prediction: SurveyPrediction, person: np.ndarray, min_size: int
-) -> np.ndarray:
+    fields: Sequence[str], prediction: SurveyPrediction, person: np.ndarray, min_size: int
+) -> dict[str, np.ndarray]:
     """
-    The group under which each cell is shown. Cells that nobody in particular answered (of countries, or simulated) are
-    shown by their value. Else a value needs `min_size` people; what has fewer is "Other" together with the unknown,
-    and nothing is shown that tells of fewer by subtraction.
+    The groups under which each cell is shown. Cells that nobody in particular answered (of countries, or simulated)
+    are shown by their values. Else a value needs `min_size` people; what has fewer is "Other" together with the
+    unknown, and nothing is shown that tells of fewer by subtraction: not from everybody, nor of the groups of another
+    field (a continent less its only large country). The fields that come first keep more of their groups.
 
     Args:
-        values (`Sequence[str | None]`): A field's value in each cell.
+        fields (`Sequence[str]`): Of the profiles.
         prediction (`SurveyPrediction`): Whose cells and answers.
         person (`np.ndarray` of shape `(answers,)`): Each answer's person.
         min_size (`int`): People.
 
     Returns:
-        `np.ndarray` of shape `(cells,)`: Names; `None` for the unknown where nobody is asked, and for everybody where
-        no value has enough people.
+        `dict[str, np.ndarray]`: By field the names, of shape `(cells,)`; `None` for the unknown where nobody is asked,
+        and for everybody where no value has enough people.
     """
-    if not len(prediction.answer_cell):
-        return np.array(values, dtype=object)
-    members: dict[str, set[int]] = {}
-    for cell, who in zip(prediction.answer_cell.tolist(), person.tolist(), strict=True):
-        if values[cell] is not None:
-            members.setdefault(values[cell], set()).add(who)
-    members.pop(OTHER, None)
-    shown = set(reportable_groups(members, set(person.tolist()), min_size))
-    return np.array([(value if value in shown else OTHER) if shown else None for value in values], dtype=object)
+    result, shown_before = {}, []
+    everybody = set(person.tolist())
+    for field in fields:
+        values = [prediction.demographic[index].get(field) for index in prediction.profile.tolist()]
+        if not len(prediction.answer_cell):
+            result[field] = np.array(values, dtype=object)
+            continue
+        members: dict[str, set[int]] = {}
+        for cell, who in zip(prediction.answer_cell.tolist(), person.tolist(), strict=True):
+            if values[cell] is not None:
+                members.setdefault(values[cell], set()).add(who)
+        members.pop(OTHER, None)
+        while True:
+            shown = reportable_groups(members, everybody, min_size)
+            groups = {name: members[name] for name in shown}
+            if shown and (rest := everybody.difference(*groups.values())):
+                groups[OTHER] = rest
+            told = next((name for before in shown_before for name in _telling(groups, before, min_size)), None)
+            if told is None:
+                break
+            members.pop(told if told != OTHER else min(shown, key=lambda name: (len(members[name]), name)))
+        shown_before.append(groups)
+        result[field] = np.array([(value if value in shown else OTHER) if shown else None for value in values], object)
+    return result
+
+
+def _telling(groups: Mapping[str, set[int]], before: Mapping[str, set[int]], min_size: int) -> list[str]:
+    """Those of `groups` that tell of fewer than `min_size` people by subtraction from, or of, another field's."""
+    found = []
+    for whole in before.values():
+        inside = [name for name, people in groups.items() if people <= whole]
+        if inside and 0 < len(whole.difference(*(groups[name] for name in inside))) < min_size:
+            found.append(min(inside, key=lambda name: (len(groups[name]), name)))
+    for name, whole in groups.items():
+        inside = [people for people in before.values() if people <= whole]
+        if inside and 0 < len(whole.difference(*inside)) < min_size:
+            found.append(name)
+    return found
 
 
 def cells_of_truth(
@@ -97,6 +140,7 @@ def cells_of_truth(
         weight=answered if answered.any() else np.ones(len(answered)),
         outside=prediction.outside,
         position_bias=value_or_nan(prediction.position_bias, len(answered)),
+        noise=np.zeros(len(answered)),
     )
 
 
@@ -118,7 +162,7 @@ def cells_of_answers(
         min_size (`int`): Cells of fewer people are left out: their shares are mostly chance.
     """
     of_answer = prediction.answer_cell
-    known = np.array([name is not None for name in group], dtype=bool)[of_answer] & (prediction.answer_weight > 0)
+    known = np.array([name is not None for name in group], dtype=bool)[of_answer]
     rows, of_answer = np.flatnonzero(known), of_answer[known]
     names, code = np.unique(group[of_answer].astype(str), return_inverse=True)
     questions, asked = np.unique(prediction.question_id[of_answer], return_inverse=True)
@@ -138,6 +182,8 @@ def cells_of_answers(
     width = prediction.predicted.shape[1]
     bias = value_or_nan(prediction.position_bias, len(prediction.profile))
     question = questions[pairs[kept, 0]]
+    # As many answers of equal weight would have the same noise.
+    effective = total**2 / np.bincount(cell, weight**2, minlength=len(pairs))
     return DistributionCells(
         question=question,
         cluster=pairs[kept, 1],
@@ -149,6 +195,7 @@ def cells_of_answers(
         weight=total[kept],
         outside=mean(prediction.outside[of_answer]),
         position_bias=mean(bias[of_answer]),
+        noise=((num_options - 1) / (2 * effective))[kept],
     )
 
 

@@ -42,14 +42,10 @@ def resampled_mean(
     values: np.ndarray, clusters: Sequence[np.ndarray], *, num_samples: int = 2000, seed: int = 0
 ) -> Estimate:
     """
-    The mean of rows, with [`bootstrap_interval`] over their [`crossed_clusters`]. No value without rows; no interval
-    where all rows are alike: every draw would be, too, and the interval a point.
+    The mean of rows, with [`bootstrap_interval`] over their [`crossed_clusters`]. No value without rows.
     """
     if not len(values):
         return Estimate(None, None, None, 0, "no rows")
-    if np.ptp(values) == 0:
-        size = min(len(np.unique(column)) for column in crossed_clusters(clusters))
-        return Estimate(float(values[0]), None, None, size, "all rows are alike: nothing to resample")
     return bootstrap_interval(values, crossed_clusters(clusters), num_samples=num_samples, seed=seed)
 
 

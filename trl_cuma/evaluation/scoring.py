@@ -8,21 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from ..data.people import MIN_COUNT
-from .cell_scores import FORMULAS, Scores, measure
+from ..data.people import MIN_COUNT, OTHER
+from .answer_metrics import answer_metrics, answer_scores, macro_accuracy
+from .cell_scores import FORMULAS, Scores, add_note, measure
+from .checked_prediction import same_options, weighted_answers
 from .figure_data import calibration_bins, collapse_points, distribution_panels
-from .group_cells import DistributionCells, cells_of_answers, cells_of_truth, group_names, number_people, value_or_nan
+from .group_cells import DistributionCells, cells_of_answers, cells_of_truth, group_names, number_people
 from .metrics.cells import emd, entropy, expected_accuracy, kl, nll
-from .metrics.choices import macro_f1, wvb_emd
 from .metrics.groups import inequity_table, scores_by_group
-from .metrics.intervals import Estimate, bootstrap_interval
-from .metrics.pooled import collapse_index, profile_information
+from .metrics.intervals import Estimate
+from .metrics.pooled import MIN_ENTROPY_GAP, profile_information
 from .metrics.stereotypes import stereotyping_table
 from .prediction import SurveyPrediction
 from .resampling import crossed_clusters, metric, number_labels, resampled_mean
 
 MIN_INEQUITY_PEOPLE = 100
 MAX_STEREOTYPE_GROUPS = 30
+MIN_SAMPLED_GROUPS = 10
+"""Groups of people that are resampled; fewer are taken as they are."""
 NO_MARGINAL = "no training answers to these questions"
 
 
@@ -44,6 +47,9 @@ def score_prediction(
     of at least `min_group_size` people, with the groups of the first field of `group_by`. Accuracy and log-loss are
     those of the answers where there are any.
 
+    Answers of weight 0 are left out. Shares of few answers have too little entropy and differ too much: divergences
+    and entropies of (question, group) cells are less the noise to be expected, EMD and the stereotyping table aren't.
+
     Args:
         prediction (`SurveyPrediction`): What a model predicts.
         marginal (`Mapping[str, np.ndarray]`): Question → the distribution of the training answers to it, over its
@@ -57,15 +63,14 @@ def score_prediction(
         The split's part of `evaluation.json`, and the scores by table (`"cells"`, `"answers"`) for `trl-cuma compare`.
 
     Raises:
-        `ValueError`: `group_by` names a field that no profile has.
+        `ValueError`: `group_by` names a field that no profile has, or no answer has a weight above 0.
     """
     options = {"num_samples": num_samples, "seed": seed}
+    prediction, unweighted = weighted_answers(prediction)
+    prediction, marginal, changed = same_options(prediction, marginal)
     fields = grouping_fields(prediction, group_by)
     person = number_people(prediction)
-    groups = {}
-    for field in fields:
-        values = [prediction.demographic[index].get(field) for index in prediction.profile.tolist()]
-        groups[field] = group_names(values, prediction, person, min_group_size)
+    groups = group_names(fields, prediction, person, min_group_size)
 
     def cells_by(field: str | None) -> DistributionCells:
         names = groups[field] if field else np.full(len(prediction.profile), "all", dtype=object)
@@ -75,20 +80,34 @@ def score_prediction(
 
     cells = cells_by(fields[0] if fields else None)
     of_answers = prediction.truth is None
+    # Both sexes, say, are all that there are: no sample of groups.
+    fixed = of_answers and len(np.unique(cells.cluster)) < MIN_SAMPLED_GROUPS
     tables = {}
     if len(cells):
-        who = fields[0] if fields and (of_answers or len(fields) == 1) else "profile"
-        tables["cells"] = _cell_scores(cells, who)
+        own = fields if of_answers else grouping_fields(prediction, None)
+        tables["cells"] = _cell_scores(cells, own[0] if own and (of_answers or len(own) == 1) else "profile", fixed)
     if len(prediction.answer_cell):
-        tables["answers"] = _answer_scores(prediction, marginal, person)
+        tables["answers"] = answer_scores(prediction, marginal, person)
 
     document: dict[str, Any] = {"counts": _counts(prediction, person)}
-    document["metrics"] = _metrics(cells, tables, of_answers, min_group_size, options)
+    without = int((prediction.answer_person == "").sum())
+    noted = {"answers without a person": without, "answers of weight 0": unweighted}
+    document["counts"] |= {name: number for name, number in noted.items() if number}
+    document["metrics"] = _metrics(cells, tables, of_answers, fixed, min_group_size, options)
+    if changed:
+        note = f"{changed} questions have other options in the training answers: no marginal"
+        for name, entry in document["metrics"].items():
+            if name == "kl_explained" or "marginal" in entry:
+                add_note(entry, note)
     if "answers" in tables:
-        document["metrics"] |= _answer_metrics(prediction, person, options)
+        if without:
+            note = f"{without:,} answers without a person: those of one profile count as one person's"
+            for name in ("accuracy", "nll"):
+                add_note(document["metrics"][name], note)
+        document["metrics"] |= answer_metrics(prediction, person, options)
         if "country" in fields:
             country = [prediction.demographic[index].get("country") for index in prediction.profile.tolist()]
-            document["metrics"]["country_macro_accuracy"] = _macro_accuracy(
+            document["metrics"]["country_macro_accuracy"] = macro_accuracy(
                 tables["answers"], prediction, country, options
             )
     document["groups"] = {
@@ -108,8 +127,11 @@ def score_prediction(
             num_samples=min(num_samples, 1000),
             seed=seed,
         )
+        for field, names in groups.items():
+            if OTHER in names:
+                add_note(document["inequity"][field], "raw: small groups count as one, unlike in published values")
     if len(cells):
-        document["stereotyping"] = _stereotyping(cells, options)
+        document["stereotyping"] = _stereotyping(cells, tables["cells"].clusters, options)
         document["distributions"] = distribution_panels(cells, questions or {})
         document["collapse"] = collapse_points(cells)
     document["calibration"] = calibration_bins(prediction)
@@ -144,7 +166,10 @@ def _counts(prediction: SurveyPrediction, person: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _cell_scores(cells: DistributionCells, who: str) -> Scores:
+def _cell_scores(cells: DistributionCells, who: str, fixed: bool) -> Scores:
+    question = number_labels(cells.question.tolist())
+    # What the noise of the answers adds to the divergence from a mean over the question's cells, which has it too.
+    between = cells.noise * (1 - 1 / np.bincount(question)[question])
     known = np.isfinite(cells.marginal).all(1)
     part = (cells.truth[known], cells.marginal[known], cells.num_options[known])
 
@@ -156,52 +181,35 @@ def _cell_scores(cells: DistributionCells, who: str) -> Scores:
     columns = {
         "emd": emd(cells.truth, cells.predicted, cells.num_options),
         "emd_marginal": of_marginal(emd(*part)),
-        "kl": kl(cells.truth, cells.predicted, cells.num_options),
-        "kl_marginal": of_marginal(kl(*part)),
+        "kl": kl(cells.truth, cells.predicted, cells.num_options) - cells.noise,
+        "kl_marginal": of_marginal(kl(*part) - cells.noise[known]),
         "nll": nll(cells.truth, cells.predicted, cells.num_options),
         "nll_marginal": of_marginal(nll(*part)),
         "accuracy": expected_accuracy(cells.truth, cells.predicted),
         "accuracy_marginal": of_marginal(expected_accuracy(*part[:2])),
         "entropy": entropy(cells.predicted),
-        "entropy_true": entropy(cells.truth),
+        "entropy_true": entropy(cells.truth) + cells.noise,
         "entropy_marginal": of_marginal(entropy(part[1])),
         "between": profile_information(cells.predicted, cells.num_options, cells.question),
-        "between_true": profile_information(cells.truth, cells.num_options, cells.question),
+        "between_true": profile_information(cells.truth, cells.num_options, cells.question) - between,
+        "noise": cells.noise,
         "outside": cells.outside,
         "position_bias": cells.position_bias,
     }
-    clusters = (number_labels(cells.cluster.tolist()), number_labels(cells.question.tolist()))
+    clusters = (np.zeros_like(question) if fixed else number_labels(cells.cluster.tolist()), question)
     return Scores(columns, clusters, (who, "question"), cells.weight)
-
-
-def _answer_scores(prediction: SurveyPrediction, marginal: Mapping[str, np.ndarray], person: np.ndarray) -> Scores:
-    cell, choice = prediction.answer_cell, prediction.answer_choice
-    columns = {
-        "accuracy": (prediction.predicted.argmax(1)[cell] == choice).astype(float),
-        "nll": nll(choice, prediction.predicted[cell], prediction.num_options[cell]),
-        "outside": prediction.outside[cell],
-        "position_bias": value_or_nan(prediction.position_bias, len(prediction.profile))[cell],
-    }
-    question = prediction.question_id[cell]
-    for name in ("accuracy", "nll"):
-        columns[f"{name}_marginal"] = np.full(len(cell), np.nan)
-    for name in set(question.tolist()) & set(marginal):
-        rows = np.flatnonzero(question == name)
-        probs = marginal[name]
-        columns["accuracy_marginal"][rows] = choice[rows] == probs.argmax()
-        columns["nll_marginal"][rows] = -np.log(probs[choice[rows]])
-    clusters = (person, number_labels(question.tolist()))
-    return Scores(columns, clusters, ("person", "question"), prediction.answer_weight)
 
 
 def _metrics(
     cells: DistributionCells,
     tables: Mapping[str, Scores],
     of_answers: bool,
+    fixed: bool,
     min_group_size: int,
     options: Mapping[str, int],
 ) -> dict[str, Any]:
     noisy = f"against the answers of at least {min_group_size} people per cell, whose sampling noise counts as error"
+    less_noise = f"against the answers of at least {min_group_size} people per cell, less the expected noise of these"
     metrics = {}
     for name, formula in FORMULAS.items():
         if name == "emd_population" and "answers" not in tables:
@@ -217,13 +225,18 @@ def _metrics(
             continue
         estimate, unit = found
         if name == "collapse_index":
-            estimate = _collapse_index(cells, options)
+            estimate = _guarded(estimate, tables["cells"], options)
         entry = metric(estimate, unit)
-        if table == "cells" and of_answers and name in ("emd", "kl", "kl_explained", "spread_ratio"):
-            entry["note"] = "; ".join(filter(None, [entry.get("note"), noisy]))
+        if table == "cells" and of_answers:
+            if name in ("emd", "emd_population"):
+                add_note(entry, noisy)
+            if name in ("kl", "kl_explained", "spread_ratio", "collapse_index"):
+                add_note(entry, less_noise)
+            if fixed:
+                add_note(entry, f"for these {len(np.unique(cells.cluster))} groups")
         known = [np.isfinite(tables[table].columns[each]) for each in formula.columns if each.endswith("_marginal")]
         if known and not known[0].all():
-            entry["note"] = f"over the {known[0].sum():,} of {len(known[0]):,} cells with training answers"
+            add_note(entry, f"over the {known[0].sum():,} of {len(known[0]):,} cells with training answers")
         if f"{name}_marginal" in tables[table].columns and formula.function is None:
             entry["marginal"] = _marginal_value(tables[table], name, weighted=table == "answers" or formula.weighted)
         metrics[name] = entry
@@ -238,52 +251,16 @@ def _marginal_value(scores: Scores, name: str, weighted: bool) -> float | None:
     return float(np.average(values[rows], weights=weights)) if rows.all() else None
 
 
-def _collapse_index(cells: DistributionCells, options: Mapping[str, int]) -> Estimate:
-    known = np.isfinite(cells.marginal).all(1)
-    clusters = crossed_clusters([cells.cluster[known], number_labels(cells.question[known].tolist())])
-    parts = (cells.truth[known], cells.predicted[known], cells.marginal[known], cells.num_options[known])
-    return collapse_index(*parts, clusters, **options)
-
-
-def _answer_metrics(prediction: SurveyPrediction, person: np.ndarray, options: Mapping[str, int]) -> dict[str, Any]:
-    """Metrics that are no mean over answers."""
-    cell, truth, weight = prediction.answer_cell, prediction.answer_choice, prediction.answer_weight
-    predicted = prediction.predicted.argmax(1)[cell]
-    order = np.argsort(prediction.question_id[cell], kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(number_labels(prediction.question_id[cell][order].tolist())) != 0])
-    by_question = {"macro_f1_question": [], "wvb_emd": []}
-    for rows in np.split(order, starts[1:]):
-        top = prediction.num_options[cell[rows[0]]] - 1
-        by_question["macro_f1_question"].append(macro_f1(truth[rows], predicted[rows], weights=weight[rows]))
-        by_question["wvb_emd"].append(wvb_emd(truth[rows], predicted[rows], 0, top))
-    question = np.arange(len(starts))
-    metrics = {
-        name: metric(resampled_mean(np.array(values), [question, question], **options), "question")
-        for name, values in by_question.items()
-    }
-    # F1 = 2 hits / (chosen + predicted) of each option, from every person's sums.
-    kinds = [(truth == predicted) & (truth == option) for option in range(prediction.predicted.shape[1])]
-    counts = [(truth == option).astype(float) + (predicted == option) for option in range(len(kinds))]
-    sums = np.stack([np.bincount(person, weight * column) for column in (*kinds, *counts)], 1)
-
-    def pooled(*means: Any) -> Any:
-        hits, either = np.array(means[: len(kinds)]), np.array(means[len(kinds) :])
-        return np.nanmean(np.where(either > 0, 2 * hits / np.where(either > 0, either, 1), np.nan), axis=0)
-
-    estimate = bootstrap_interval(sums, [np.arange(len(sums))], pooled, **options)
-    return metrics | {"macro_f1_pooled": metric(estimate, "person")}
-
-
-def _macro_accuracy(
-    answers: Scores, prediction: SurveyPrediction, country: Sequence[str | None], options: Mapping[str, int]
-) -> dict[str, Any]:
-    names = [country[cell] for cell in prediction.answer_cell.tolist()]
-    code = np.array([-1 if name is None else number for name, number in zip(names, number_labels(names), strict=True)])
-    totals = np.bincount(code + 1, answers.weights)[1:]
-    right = np.bincount(code + 1, answers.weights * answers.columns["accuracy"])[1:]
-    values = right[totals > 0] / totals[totals > 0]
-    label = np.arange(len(values))
-    return metric(resampled_mean(values, [label, label], **options), "country")
+def _guarded(index: Estimate, cells: Scores, options: Mapping[str, int]) -> Estimate:
+    """The collapse index, unless its denominator may be near zero; see [`collapse_index`]."""
+    gaps = cells.columns["entropy_marginal"] - cells.columns["entropy_true"]
+    rows = np.isfinite(gaps)
+    gap = resampled_mean(gaps[rows], [column[rows] for column in cells.clusters], **options)
+    if gap.low is not None and gap.low >= MIN_ENTROPY_GAP:
+        return index
+    bound = "unknown" if gap.low is None else f"{gap.low:.3f} nats"
+    note = f"n/a: the lower bound of H(marginal) - H(truth) is {bound}, less than {MIN_ENTROPY_GAP} nats"
+    return Estimate(None, None, None, index.n, note)
 
 
 def _groups(
@@ -316,6 +293,8 @@ def _groups(
         entry: dict[str, Any] = {"group": name, "n": len(rows)}
         if answers is not None:
             own = np.flatnonzero(of_answers == name)
+            if not len(own):
+                continue
             entry |= {"n": len(own), "people": len(np.unique(person[own]))}
         if name in accuracies:
             entry["accuracy"] = metric(accuracies[name], "person")
@@ -326,22 +305,28 @@ def _groups(
     return sorted(entries, key=lambda entry: (entry.get("accuracy") or {}).get("value") or 0.0)
 
 
-def _stereotyping(cells: DistributionCells, options: Mapping[str, int]) -> dict[str, Any]:
-    question = number_labels(cells.question.tolist())
+def _stereotyping(
+    cells: DistributionCells, clusters: tuple[np.ndarray, np.ndarray], options: Mapping[str, int]
+) -> dict[str, Any]:
     names, count = np.unique(cells.group[cells.group != None].astype(str), return_counts=True)  # noqa: E711
     largest = set(names[np.argsort(-count, kind="stable")[:MAX_STEREOTYPE_GROUPS]].tolist())
     table = stereotyping_table(
         cells.truth,
         cells.predicted,
         cells.num_options,
-        question,
-        crossed_clusters([cells.cluster, question]),
+        clusters[1],
+        crossed_clusters(clusters),
         group=[name if name in largest else None for name in cells.group.tolist()],
         **options,
     )
-    groups = {name: _written(row) for name, row in table.pop("groups").items()}
-    return {name: row and _written(row) for name, row in table.items()} | {"groups": groups}
+    noisy = bool(cells.noise.any())
+    groups = {name: _written(row, noisy) for name, row in table.pop("groups").items()}
+    return {name: row and _written(row, noisy) for name, row in table.items()} | {"groups": groups}
 
 
-def _written(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: vars(value) if isinstance(value, Estimate) else value for key, value in row.items()}
+def _written(row: Mapping[str, Any], noisy: bool) -> dict[str, Any]:
+    result = {key: dict(vars(value)) if isinstance(value, Estimate) else value for key, value in row.items()}
+    for name in ("spread_ratio", "entropy_ratio", "true_between"):
+        if noisy and name in result:
+            add_note(result[name], "the noise of the cells' answers counts as difference between profiles")
+    return result

@@ -23,9 +23,12 @@ def test_bootstrap_weights_draw_clusters_whole_and_crossed_ones_independently():
     person, question = np.repeat(["p", "q", "r"], 2), np.tile([10, 20], 3)
     for weights in bootstrap_weights([person], 20):
         assert (weights[::2] == weights[1::2]).all() and weights[::2].sum() == 3
-    for weights in bootstrap_weights([person, question], 20):
-        grid = weights.reshape(3, 2)
+    grids = [weights.reshape(3, 2) for weights in bootstrap_weights([person, question], 20)]
+    for grid in grids:
         assert np.linalg.matrix_rank(grid) == 1 and grid.sum() == 3 * 2  # a product of three and of two draws
+    assert any((grid[0] != grid[1]).any() for grid in grids) and any(
+        (grid[:, 0] != grid[:, 1]).any() for grid in grids
+    )
 
 
 def test_one_row_per_cluster_is_the_textbook_interval():
@@ -72,6 +75,7 @@ def test_sums_of_clusters_give_the_interval_of_the_rows(columns, cells, monkeypa
     """Against every row's weight in every draw; rows of the same clusters come often, and seldom. Some draw no row."""
     rng = np.random.default_rng(0)
     rows = 40 if cells == 8 else 400
+    monkeypatch.setattr(intervals, "MIN_CLUSTERS", 2)
     clusters = [rng.permutation(cells)[rng.integers(size, size=rows)] for size in (cells, cells // 2, 3)][:columns]
     values, survey = rng.normal(size=(rows, 2)), rng.random(rows)
     monkeypatch.setattr(cluster_draws, "COUNTS_AT_ONCE", 3 * cells)  # several chunks, the last one shorter
@@ -114,9 +118,22 @@ def test_few_clusters_cover():
     assert np.mean([run.low <= 0 <= run.high for run in runs]) >= 0.92
 
 
+def test_percentiles_move_out_for_few_clusters():
+    # Five clusters: the 97.5 % point of t with 4 degrees of freedom is 2.776445, times sqrt(5/4).
+    edge = math.erfc(2.776445 * math.sqrt(5 / 4) / math.sqrt(2)) / 2
+    assert intervals.percentiles(np.linspace(0, 1, 100_001), 5, 0.95) == pytest.approx((edge, 1 - edge), rel=1e-4)
+
+
 def test_what_has_no_interval_says_so():
     single = bootstrap_interval(np.array([1.0, 3]), [np.zeros(2)])
-    assert (single.value, single.low, single.high, single.n) == (2, None, None, 1) and "single cluster" in single.note
+    assert (single.value, single.low, single.high, single.n) == (2, None, None, 1) and "fewer than 5" in single.note
+    four, five = np.arange(20) % 4, np.arange(20) % 5
+    for clusters in ([four], [np.arange(20), four], [four, np.arange(20)]):  # the smaller number of crossed columns
+        found = bootstrap_interval(np.arange(20.0), clusters)
+        assert (found.value, found.low, found.high, found.n) == (9.5, None, None, 4)
+    assert bootstrap_interval(np.arange(20.0), [five]).low < 9.5
+    alike = bootstrap_interval(np.r_[np.ones(9), 5], [np.arange(10)], weights=np.r_[np.ones(9), 0])
+    assert (alike.value, alike.low, alike.high, alike.n) == (1, None, None, 10) and "alike" in alike.note
     zero = bootstrap_interval(np.array([[1.0, 0], [2, 0]]), [np.arange(2)], np.divide)
     assert (zero.value, zero.low) == (None, None) and "denominator" in zero.note
 

@@ -41,6 +41,15 @@ def test_kl_explained_by_hand():
     assert math.isnan(kl_explained(marginal, predicted, marginal, options(truth)))
 
 
+def test_kl_explained_has_no_share_of_next_to_nothing():
+    # KL((.5 + d, .5 - d) || (.5, .5)) is 2 d² and a little: .0050 for d = .05, .0201 for d = .1.
+    marginal = np.array([[0.5, 0.5]] * 2)
+    for spread, known in ((0.05, False), (0.1, True)):
+        truth = np.array([[0.5 + spread, 0.5 - spread], [0.5 - spread, 0.5 + spread]])
+        found = kl_explained(truth, np.array([[0.9, 0.1]] * 2), marginal, options(truth))
+        assert (found < -10) if known else math.isnan(found)
+
+
 def test_collapse_index_runs_from_the_truth_to_the_marginal(survey):
     truth, marginal, question = survey
     index = [collapse_index(truth, p, marginal, options(truth), [question]) for p in (truth, marginal)]
@@ -63,9 +72,9 @@ def test_collapse_index_without_a_denominator(survey):
     near = 0.9 * marginal + 0.1 * truth  # a truth that hardly depends on the profile
     found = collapse_index(near, truth, marginal, options(truth), [question])
     assert (found.value, found.low, found.high) == (None, None, None)
-    assert "less than 0.05 nats" in found.note
+    assert "0.05 nats are needed" in found.note
     one = collapse_index(truth, truth, marginal, options(truth), [np.zeros(len(truth))])
-    assert one.value is None and "unknown" in one.note
+    assert one.value is None and "unknown (fewer than 5 clusters" in one.note
 
 
 def test_collapse_index_does_not_see_where_the_mass_is(survey):
@@ -115,6 +124,12 @@ def test_calibration_by_hand():
     assert [part["observed"] for part in found["bins"]] == [0.5, 0, 1, 0.5]
     assert [part["n"] for part in found["bins"]] == [2, 1, 1, 2]
     assert found["ece"] == pytest.approx((2 * 0.42 + 0.4 + 0.4 + 2 * 0.42) / 6)
+
+
+def test_certain_forecasts_are_in_the_last_bin():
+    found = calibration(np.array([0, 0]), np.array([[1.0, 0], [0.92, 0.08]]), np.array([2, 2]))
+    assert [part["mean_predicted"] for part in found["bins"]] == pytest.approx([0.04, 0.96])
+    assert [part["n"] for part in found["bins"]] == [2, 2]
 
 
 def test_calibration_of_the_truth_and_of_the_marginal(survey):

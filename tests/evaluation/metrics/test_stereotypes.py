@@ -82,6 +82,26 @@ def test_a_row_per_group(survey):
     assert found["p1"]["spread_ratio"].value > found["p0"]["spread_ratio"].value
 
 
+def test_a_group_that_is_the_cluster_has_an_interval_over_questions(survey):
+    truth, question, profile = survey
+    sharp = truth**3 / (truth**3).sum(1, keepdims=True)
+    found = stereotyping_table(
+        truth, sharp, np.full(90, 2), question, [profile, question], group=[f"p{one}" for one in profile]
+    )
+    for row in found["groups"].values():
+        ratio = row["entropy_ratio"]
+        assert ratio.low < ratio.value < ratio.high < 1
+        assert ratio.n == 15  # questions: each group is a single profile
+
+
+def test_consensus_is_the_same_on_any_scale_of_weights():
+    # Information of (.55, .45) and (.45, .55): .0050 nats, under .01.
+    truth = np.array([[0.55, 0.45], [0.45, 0.55]])
+    for scale in (0.1, 1.0, 10.0):
+        found = table(truth, truth, np.zeros(2), weights=np.full(2, scale))
+        assert found["consensus"]["cells"] == 2
+
+
 def test_weights_leave_cells_out(survey):
     truth, question, _ = survey
     predicted = truth[:, ::-1].copy()

@@ -189,7 +189,8 @@ def inequity_table(
     """
     [`inequity`] of each field and of each pair of fields.
 
-    The published sigma-inequity is the mean of `sigma_raw` over the single fields.
+    The published sigma-inequity is the mean of `sigma_raw` over the single fields, where the values are as given: of
+    fields whose small groups are "Other" it is another number.
 
     Args:
         scores (`np.ndarray` of shape `(rows,)`): see [`inequity`].
@@ -199,7 +200,8 @@ def inequity_table(
 
     Returns:
         `dict`: `"<field>"` and `"<field> × <field>"` to the result of [`inequity`]; the groups of a pair are named
-        `"<value> × <value>"`, and a row without both values is left out.
+        `"<value> × <value>"`, and a row without both values is left out. Of pairs all that tells the number or the
+        plain mean of single groups is `None`.
 
     Raises:
         `ValueError`: as [`inequity`].
@@ -207,7 +209,10 @@ def inequity_table(
     table = {name: inequity(scores, values, person, **options) for name, values in fields.items()}
     for (first, left), (second, right) in combinations(fields.items(), 2):
         both = [None if a is None or b is None else f"{a} × {b}" for a, b in zip(left, right, strict=True)]
-        table[f"{first} × {second}"] = inequity(scores, both, person, **options)
+        result = inequity(scores, both, person, **options)
+        # With them and the fields' own groups, what is left of a group could be told, however few people it has.
+        hidden = ("worst_raw", "worst_low", "worst_high", "worst_n", "people", "sigma_raw", "groups_raw", "left_out")
+        table[f"{first} × {second}"] = result | dict.fromkeys(hidden)
     return table
 
 

@@ -23,6 +23,9 @@ from .cluster_draws import cluster_codes, cluster_draws, drawn_sums
 
 # scipy is imported by the functions that call it: the quick start's metrics need numpy alone.
 
+MIN_CLUSTERS = 5
+"""Fewest clusters with an interval: of 2, 3 and 4, 95 % intervals held the truth in 50, 74 and 84 % of simulations."""
+
 EXACT_FLIPS = 2**16
 """Most sign patterns that `sign_flip_test` enumerates, and the number that it draws where there are more."""
 
@@ -104,7 +107,8 @@ def bootstrap_interval(
         seed (`int`): seed of the draws.
 
     Returns:
-        [`Estimate`]: no interval where a column of labels has a single cluster.
+        [`Estimate`]: no interval where a column has fewer than `MIN_CLUSTERS` labels, nor where all rows are alike:
+        every draw would be, too, and the interval a point.
 
     Raises:
         `ValueError`: there are no rows, a value is not finite, or a length differs.
@@ -133,8 +137,12 @@ def bootstrap_interval(
         num_clusters = min(int(code.max()) + 1 for code in codes)
         if not np.isfinite(value):
             return Estimate(None, None, None, num_clusters, "a denominator is zero")
-        if num_clusters < 2:
-            return Estimate(value, None, None, num_clusters, "a single cluster: nothing to resample")
+        if (values[weights > 0] == values[weights > 0][0]).all():
+            return Estimate(value, None, None, num_clusters, "all rows are alike: nothing to resample")
+        if num_clusters < MIN_CLUSTERS:
+            return Estimate(
+                value, None, None, num_clusters, f"fewer than {MIN_CLUSTERS} clusters: too few to resample"
+            )
         draws = drawn_sums(table, codes, num_samples, seed)
         samples = function(*(draws[:, :-1] / draws[:, -1:]).T)
     low, high = percentiles(np.asarray(samples), num_clusters, level)

@@ -17,6 +17,9 @@ import numpy as np
 from .cells import as_distributions, check_distributions, entropy, gap_closed, kl, weighted_mean
 from .intervals import Estimate, bootstrap_interval, row_weights
 
+MIN_INFORMATION = 0.01
+"""Least mean KL(truth || marginal), in nats, of which a share is reported: of less there is nothing to explain."""
+
 MIN_ENTROPY_GAP = 0.05
 """Least lower bound, in nats, of the collapse index's denominator: below, the index is not reported."""
 
@@ -44,13 +47,32 @@ def kl_explained(
         weights (`np.ndarray` of shape `(cells,)`, *optional*): As in [`weighted_mean`].
 
     Returns:
-        `float`: `nan` where the marginal is the truth.
+        `float`: `nan` where the marginal is all but the truth, less than `MIN_INFORMATION` nats from it.
 
     Raises:
         `ValueError`: There are no cells, or a row is not a distribution over its cell's options.
     """
     model = weighted_mean(kl(truth, predicted, num_options), weights)
-    return gap_closed(model, weighted_mean(kl(truth, marginal, num_options), weights), 0.0)
+    information = weighted_mean(kl(truth, marginal, num_options), weights)
+    return gap_closed(model, information, 0.0) if information >= MIN_INFORMATION else float("nan")
+
+
+def denominator_note(denominator: Estimate, name: str, least: float) -> str | None:
+    """
+    Why an index is not reported: its denominator may be near zero, where the quotient means nothing.
+
+    Args:
+        denominator (`Estimate`): The denominator and its interval.
+        name (`str`): What it is, for the note.
+        least (`float`): Least lower bound, in nats.
+
+    Returns:
+        `str`, or `None` where the denominator is far enough from zero.
+    """
+    if denominator.low is not None and denominator.low >= least:
+        return None
+    bound = f"unknown ({denominator.note})" if denominator.low is None else f"{denominator.low:.3f} nats"
+    return f"n/a: the lower bound of {name} is {bound}, where {least} nats are needed"
 
 
 def collapse_index(
@@ -86,7 +108,7 @@ def collapse_index(
 
     Returns:
         [`Estimate`]: without a value where the lower bound of the denominator's interval is under
-        `MIN_ENTROPY_GAP` nats (or unknown, for a single cluster); `note` says so.
+        `MIN_ENTROPY_GAP` nats (or unknown, for few clusters); `note` says so.
 
     Raises:
         `ValueError`: There are no cells, or a row is not a distribution over its cell's options.
@@ -96,9 +118,7 @@ def collapse_index(
     gaps = np.stack([entropy(predicted) - entropy(truth), entropy(marginal) - entropy(truth)], 1)
     options = dict(weights=weights, level=level, num_samples=num_samples, seed=seed)
     gap = bootstrap_interval(gaps[:, 1], clusters, **options)
-    if gap.low is None or gap.low < MIN_ENTROPY_GAP:
-        bound = "unknown" if gap.low is None else f"{gap.low:.3f} nats"
-        note = f"n/a: the lower bound of H(marginal) - H(truth) is {bound}, less than {MIN_ENTROPY_GAP} nats"
+    if note := denominator_note(gap, "H(marginal) - H(truth)", MIN_ENTROPY_GAP):
         return Estimate(None, None, None, gap.n, note)
     return bootstrap_interval(gaps, clusters, np.divide, **options)
 

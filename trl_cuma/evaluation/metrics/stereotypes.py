@@ -50,7 +50,8 @@ def stereotyping_table(
         predicted (`np.ndarray` of shape `(cells, max_options)`): Predictions.
         num_options (`np.ndarray` of shape `(cells,)`): Number of options of each cell's question.
         question (`np.ndarray` of shape `(cells,)`): Label of each cell's question.
-        clusters (sequence of `np.ndarray` of shape `(cells,)`): What to resample, see [`bootstrap_interval`].
+        clusters (sequence of `np.ndarray` of shape `(cells,)`): What to resample, see [`bootstrap_interval`]. In rows
+            of the result whose cells share one label of a column, the other columns alone.
         group (sequence of `str` or `None`, *optional*): Each cell's group, for a row per group; `None` is left out.
             Give only groups of enough people to be named.
         weights (`np.ndarray` of shape `(cells,)`, *optional*): As in [`weighted_mean`].
@@ -72,10 +73,14 @@ def stereotyping_table(
     values = np.stack([between, true_between, entropy(predicted), entropy(truth)], 1)
 
     def row(cells: np.ndarray, ratio: bool = True) -> dict[str, Any]:
+        own = [column[cells] for column in clusters]
+        # A group's own rows may be of one label, the group: the other column is still there to resample.
+        own = [column for column in own if len(np.unique(column)) > 1] or own[:1]
+
         def estimate(columns: list[int]) -> Estimate:
             return bootstrap_interval(
                 values[cells][:, columns],
-                [column[cells] for column in clusters],
+                own,
                 np.divide if len(columns) == 2 else None,
                 weights=weights[cells],
                 level=level,

@@ -113,7 +113,7 @@ def inequity_table(inequity: Mapping[str, Mapping[str, Any]]) -> Table:
         rows.append([*row, clean(entry.get("note") or "")])
     note = (
         "σ: standard deviation of the groups' accuracies, without what sampling alone would give; 0 is equal. Raw: "
-        "with it, as usually published. Groups under the minimum size are not named."
+        "with it. Groups under the minimum size are not named."
     )
     return Table(
         "Inequity", ["Field", "σ ↓", "σ, raw", "Groups", "Worst group", "Note"], rows, frozenset({4, 5}), note

@@ -1,0 +1,75 @@
+# Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
+"""Cells of people's answers: what few answers per cell and few groups do to the document."""
+
+import numpy as np
+import pytest
+
+from trl_cuma.evaluation.prediction import SurveyPrediction
+from trl_cuma.evaluation.scoring import score_prediction
+
+
+def values(document):
+    return {name: entry["value"] for name, entry in document["metrics"].items()}
+
+
+def survey(groups, questions, size, seed=0, spread=20.0):
+    """Everybody of `groups` groups of `size` people answers all questions of 4 options; predicted is the truth."""
+    rng = np.random.default_rng(seed)
+    base = rng.dirichlet(np.full(4, 3.0), questions)
+    truth = np.stack([[rng.dirichlet(spread * probs) for probs in base] for _ in range(groups)])
+    cell = np.repeat(np.arange(groups * questions), size)
+    probs = truth.reshape(-1, 4)
+    choice = (rng.random(len(cell))[:, None] > probs.cumsum(1)[cell]).sum(1).clip(max=3)
+    person = np.array([f"{index // questions}/{who}" for index in range(groups * questions) for who in range(size)])
+    prediction = SurveyPrediction(
+        question_id=np.array([f"q{index}" for index in range(questions)] * groups),
+        num_options=np.full(len(probs), 4),
+        demographic=[{"country": f"c{index}"} for index in range(groups)],
+        profile=np.repeat(np.arange(groups), questions),
+        predicted=probs,
+        outside=np.zeros(len(probs)),
+        truth=None,
+        answer_cell=cell,
+        answer_choice=choice,
+        answer_person=person,
+        answer_weight=np.ones(len(cell)),
+        num_rows=len(cell),
+    )
+    return prediction, {f"q{index}": truth[:, index].mean(0) for index in range(questions)}
+
+
+def test_few_people_per_cell_do_not_pass_as_collapse():
+    """The truth itself, held against 30 answers per cell: without a correction an index of 0.2, and 0.8 explained."""
+    document, tables = score_prediction(*survey(groups=6, questions=60, size=30, spread=8), num_samples=200)
+    found = values(document)
+    assert tables["cells"].columns["noise"] == pytest.approx(3 / 60)
+    assert found["collapse_index"] == pytest.approx(0, abs=0.1)
+    assert found["kl_explained"] == pytest.approx(1, abs=0.06)
+    assert found["spread_ratio"] == pytest.approx(1, abs=0.1)
+    assert found["kl"] == pytest.approx(0, abs=0.005)
+    for name in ("collapse_index", "kl", "kl_explained", "spread_ratio"):
+        assert "less the expected noise" in document["metrics"][name]["note"]
+    assert "counts as difference" in document["stereotyping"]["all"]["spread_ratio"]["note"]
+
+
+def test_noise_does_not_open_the_guard_of_the_collapse_index():
+    # All groups alike: H(marginal) - H(truth) is 0, and 3 / 50 = 0.06 nats on the shares of 25 answers.
+    document, _ = score_prediction(
+        *survey(groups=6, questions=40, size=25, spread=1e6), min_group_size=20, num_samples=200
+    )
+    entry = document["metrics"]["collapse_index"]
+    assert entry["value"] is None and "less than 0.05 nats" in entry["note"]
+
+
+def test_two_groups_of_people_are_no_sample_of_groups():
+    document, _ = score_prediction(*survey(groups=2, questions=20, size=30), num_samples=100)
+    entry = document["metrics"]["emd"]
+    assert (entry["unit"], entry["n"]) == ("question", 20) and "for these 2 groups" in entry["note"]
+
+
+def test_metrics_per_question_have_no_interval_that_leaves_the_people_out():
+    document, _ = score_prediction(*survey(groups=2, questions=20, size=30), num_samples=100)
+    for name in ("macro_f1_question", "wvb_emd"):
+        entry = document["metrics"][name]
+        assert entry["value"] is not None and entry["low"] is None and "people and questions" in entry["note"]
+    assert "above 0 for a perfect sampler" in document["metrics"]["wvb_emd"]["note"]
