@@ -4,7 +4,7 @@ Running a suite: every run is a folder that is written whole, so that a suite th
 
     worlds/<seed>                          the base model, the encoders
     sft/<seed>/<arm>/<rate>-<alpha>-<steps>
-    dpo/<seed>/<arm>/<rate>
+    dpo/<seed>/<arm>/<rate>-from-<the SFT run's>
     results.json, tables.md
 """
 
@@ -56,7 +56,7 @@ class DPORun:
 
     @property
     def folder(self) -> str:
-        return f"dpo/{self.world}/{self.arm}/{self.learning_rate:g}"
+        return f"dpo/{self.world}/{self.arm}/{self.learning_rate:g}-from-{Path(self.sft.folder).name}"
 
 
 @dataclass(frozen=True)
