@@ -14,13 +14,13 @@ from typing import Any
 
 from .arguments import METHODS, TrainingParser, launch_options, read_recipe
 
-# Subcommand → its module and function, imported when it is called.
+# Subcommand → its module and function, imported when it is called, and what `--help` says of it.
 COMMANDS = {
-    "plan": (".planning", "main"),
-    "prepare": (".data.command", "main"),
-    "evaluate": (".evaluation.command", "main_evaluate"),
-    "compare": (".evaluation.command", "main_compare"),
-    "bench": (".bench.command", "main"),
+    "plan": (".planning", "main", "how much GPU memory a run needs under each engine, and what fits"),
+    "prepare": (".data.command", "main", "convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA"),
+    "evaluate": (".evaluation.command", "main_evaluate", "measure a model on people and questions that were held out"),
+    "compare": (".evaluation.command", "main_compare", "put evaluations side by side, with paired intervals"),
+    "bench": (".bench.command", "main", "train and measure baselines and CuMA by the same recipe"),
 }
 
 
@@ -31,11 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for method, name in METHODS.items():  # for the list in `--help`; `_train` parses them itself
         commands.add_parser(method, help=f"train by {name}, as `trl {method}` does, with CuMA's arguments too")
-    commands.add_parser("plan", help="how much GPU memory a run needs under each engine, and what fits")
-    commands.add_parser("prepare", help="convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA")
-    commands.add_parser("evaluate", help="measure a model on people and questions that were held out")
-    commands.add_parser("compare", help="put evaluations side by side, with paired intervals")
-    commands.add_parser("bench", help="train and measure baselines and CuMA by the same recipe")
+    for name, (_, _, what) in COMMANDS.items():
+        commands.add_parser(name, help=what)
     quickstart = commands.add_parser(
         "quickstart",
         help="train and measure CuMA against LoRA on a small survey, on CPU, offline",
@@ -63,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv and argv[0] in (*METHODS, *COMMANDS) else None
     try:
         if command in COMMANDS:
-            module, function = COMMANDS[command]
+            module, function, _ = COMMANDS[command]
             return getattr(importlib.import_module(module, __package__), function)(argv[1:])
         return _train(command, argv[1:]) if command else _quickstart(parser.parse_args(argv))
     except (OSError, ValueError, ImportError) as error:
