@@ -10,9 +10,6 @@ finished run on the sampled answers of its training cells, and prints the share 
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from trl_cuma.data.survey import Cells
 from trl_cuma.quickstart import quiet
 from trl_cuma.quickstart.pipeline import Quickstart
 from trl_cuma.quickstart.training import ARMS, load_trained
@@ -26,11 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     run = Quickstart(args.output_dir, seed=args.seed, data=args.data)
-    answers = run.survey.answers["train"]
-    pairs, cell = np.unique(np.stack([answers.question, answers.profile], 1), axis=0, return_inverse=True)
-    counts = np.zeros((len(pairs), run.survey.max_options))
-    np.add.at(counts, (cell.reshape(-1), answers.choice), 1)
-    cells = Cells(pairs[:, 0], pairs[:, 1], counts / counts.sum(1, keepdims=True))
+    cells = run.survey.observed_cells(run.survey.answers["train"])
     run.cells = {"train": cells}
     print(f"| arm | gap closed on {len(cells)} training cells |\n|---|---:|")
     for arm in ARMS:

@@ -105,15 +105,6 @@ class SurveyWorld(World):
         own = summarise_cells(cells.truth, probs, num_options, outside)
         return {**own, "emd_marginal": marginal["emd"], "kl_marginal": marginal["kl"]}
 
-    @cached_property
-    def validation_cells(self) -> Cells:
-        """The validation answers as cells: each answered question and profile once."""
-        answers = self.validation
-        pairs, cell = np.unique(np.stack([answers.question, answers.profile], 1), axis=0, return_inverse=True)
-        counts = np.zeros((len(pairs), self.survey.max_options))
-        np.add.at(counts, (cell.reshape(-1), answers.choice), 1.0)
-        return Cells(pairs[:, 0], pairs[:, 1], counts / counts.sum(1, keepdims=True))
-
     @property
     def training_arguments(self) -> dict[str, Any]:
         return {"bf16": False, "gradient_checkpointing": False}

@@ -129,7 +129,7 @@ def run_dpo(world: SurveyWorld, arm: Arm, learning_rate: float, sft_folder: Path
             processing_class=world.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        cells_and_validation = {**world.cells, "validation": world.validation_cells}
+        cells_and_validation = {**world.cells, "validation": world.survey.observed_cells(world.validation)}
         reference = {
             split: world.predict(arm, trainer.model, cells.question, cells.profile)
             for split, cells in cells_and_validation.items()

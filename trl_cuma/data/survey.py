@@ -133,6 +133,13 @@ class Survey:
         """True where a question has an option, shape `(questions, max_options)`."""
         return np.arange(self.max_options) < self.num_options[:, None]
 
+    def observed_cells(self, answers: Answers) -> Cells:
+        """Each answered question and profile once, with the shares of its answers in place of the truth."""
+        pairs, cell = np.unique(np.stack([answers.question, answers.profile], 1), axis=0, return_inverse=True)
+        counts = np.zeros((len(pairs), self.max_options))
+        np.add.at(counts, (cell.reshape(-1), answers.choice), 1.0)
+        return Cells(pairs[:, 0], pairs[:, 1], counts / counts.sum(1, keepdims=True))
+
     @cached_property
     def training_marginal(self) -> np.ndarray:
         """
