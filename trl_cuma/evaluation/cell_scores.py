@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .metrics.intervals import Estimate, bootstrap_interval
+from .metrics.pooled import MIN_ENTROPY_GAP, denominator_note
 from .resampling import crossed_clusters
 
 
@@ -48,6 +49,21 @@ class Scores:
         return cls(found, (cluster[:, 0], cluster[:, 1]), (str(unit[0]), str(unit[1])), weight)
 
 
+class Denominator(NamedTuple):
+    """
+    What a metric divides by, see [`denominator_note`].
+
+    Args:
+        name (`str`): For the note.
+        function (`Callable`): The means of the metric's columns → the denominator.
+        least (`float`): Least lower bound, in nats.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    least: float
+
+
 class Formula(NamedTuple):
     """
     A metric as a function of means.
@@ -57,12 +73,14 @@ class Formula(NamedTuple):
         columns (`tuple[str, ...]`): Whose means it takes.
         function (`Callable`, *optional*): The means → the metric; by default the mean of the only column.
         weighted (`bool`): Whether cells count by their weights; answers always do.
+        denominator (`Denominator`, *optional*): Of a quotient that is not reported where this may be near zero.
     """
 
     tables: tuple[str, ...]
     columns: tuple[str, ...]
     function: Callable[..., Any] | None = None
     weighted: bool = False
+    denominator: Denominator | None = None
 
 
 FORMULAS = {
@@ -77,6 +95,9 @@ FORMULAS = {
         ("cells",),
         ("entropy", "entropy_true", "entropy_marginal"),
         lambda model, true, marginal: (model - true) / (marginal - true),
+        denominator=Denominator(
+            "H(marginal) - H(truth)", lambda model, true, marginal: marginal - true, MIN_ENTROPY_GAP
+        ),
     ),
     "spread_ratio": Formula(("cells",), ("between", "between_true"), lambda model, true: model / true),
     "outside": Formula(("answers", "cells"), ("outside",)),
@@ -132,13 +153,19 @@ def measure(
         own = of_means(*means[:count])
         return own if against is None else own - of_means(*means[count:])
 
-    estimate = bootstrap_interval(
-        values[rows], clusters, function, weights=weights, num_samples=num_samples, seed=seed
-    )
     if len(clusters) == 2:
-        return estimate, " × ".join(scores.units)
-    sizes = [len(np.unique(column[rows])) for column in scores.clusters]
-    return estimate, scores.units[sizes.index(len(np.unique(clusters[0])))]
+        unit = " × ".join(scores.units)
+    else:
+        sizes = [len(np.unique(column[rows])) for column in scores.clusters]
+        unit = scores.units[sizes.index(len(np.unique(clusters[0])))]
+    options = dict(weights=weights, num_samples=num_samples, seed=seed)
+    if formula.denominator is not None:
+        name, divisor, least = formula.denominator
+        for run in np.split(values[rows], len(runs), axis=1):
+            found = bootstrap_interval(run, clusters, divisor, **options)
+            if note := denominator_note(found, name, least):
+                return Estimate(None, None, None, found.n, note), unit
+    return bootstrap_interval(values[rows], clusters, function, **options), unit
 
 
 def add_note(entry: dict[str, Any], note: str) -> None:

@@ -17,7 +17,7 @@ from .group_cells import DistributionCells, cells_of_answers, cells_of_truth, gr
 from .metrics.cells import emd, entropy, expected_accuracy, kl, nll
 from .metrics.groups import inequity_table, scores_by_group
 from .metrics.intervals import Estimate
-from .metrics.pooled import MIN_ENTROPY_GAP, profile_information
+from .metrics.pooled import profile_information
 from .metrics.stereotypes import stereotyping_table
 from .prediction import SurveyPrediction
 from .resampling import crossed_clusters, metric, number_labels, resampled_mean
@@ -224,8 +224,6 @@ def _metrics(
                 metrics[name] = metric(Estimate(None, None, None, 0, note), "")
             continue
         estimate, unit = found
-        if name == "collapse_index":
-            estimate = _guarded(estimate, tables["cells"], options)
         entry = metric(estimate, unit)
         if table == "cells" and of_answers:
             if name in ("emd", "emd_population"):
@@ -249,18 +247,6 @@ def _marginal_value(scores: Scores, name: str, weighted: bool) -> float | None:
     weights = scores.weights[rows] if weighted else None
     # Of other rows than the model's value it would be no comparison.
     return float(np.average(values[rows], weights=weights)) if rows.all() else None
-
-
-def _guarded(index: Estimate, cells: Scores, options: Mapping[str, int]) -> Estimate:
-    """The collapse index, unless its denominator may be near zero; see [`collapse_index`]."""
-    gaps = cells.columns["entropy_marginal"] - cells.columns["entropy_true"]
-    rows = np.isfinite(gaps)
-    gap = resampled_mean(gaps[rows], [column[rows] for column in cells.clusters], **options)
-    if gap.low is not None and gap.low >= MIN_ENTROPY_GAP:
-        return index
-    bound = "unknown" if gap.low is None else f"{gap.low:.3f} nats"
-    note = f"n/a: the lower bound of H(marginal) - H(truth) is {bound}, less than {MIN_ENTROPY_GAP} nats"
-    return Estimate(None, None, None, index.n, note)
 
 
 def _groups(
