@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """Cells of people's answers: what few answers per cell and few groups do to the document."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,7 +51,9 @@ def test_few_people_per_cell_do_not_pass_as_collapse():
     assert found["kl"] == pytest.approx(0, abs=0.005)
     for name in ("collapse_index", "kl", "kl_explained", "spread_ratio"):
         assert "less the expected noise" in document["metrics"][name]["note"]
-    assert "counts as difference" in document["stereotyping"]["all"]["spread_ratio"]["note"]
+    # The same number as among the metrics, from the same cells.
+    assert document["stereotyping"]["all"]["spread_ratio"]["value"] == pytest.approx(found["spread_ratio"])
+    assert document["stereotyping"]["all"]["entropy_ratio"]["value"] == pytest.approx(1, abs=0.05)
 
 
 def test_noise_does_not_open_the_guard_of_the_collapse_index():
@@ -58,7 +62,25 @@ def test_noise_does_not_open_the_guard_of_the_collapse_index():
         *survey(groups=6, questions=40, size=25, spread=1e6), min_group_size=20, num_samples=200
     )
     entry = document["metrics"]["collapse_index"]
-    assert entry["value"] is None and "less than 0.05 nats" in entry["note"]
+    assert entry["value"] is None and "where 0.05 nats are needed" in entry["note"]
+    # Nothing tells the groups apart, so that there is nothing to explain and no spread to have.
+    for name in ("kl_explained", "spread_ratio"):
+        entry = document["metrics"][name]
+        assert entry["value"] is None and "where 0.01 nats are needed" in entry["note"]
+    metrics = document["metrics"]
+    assert abs(metrics["kl"]["value"]) < 0.01
+    assert ("as near as the noise can tell" in metrics["kl"]["note"]) == (metrics["kl"]["value"] < 0)
+
+
+def test_a_field_of_small_groups_does_not_lose_the_headline():
+    """Nobody has enough compatriots to be shown; cells are then of the next field."""
+    prediction, marginal = survey(groups=6, questions=20, size=30)
+    profiles = [{"country": f"c{index}", "sex": "fm"[index % 2]} for index in range(6)]
+    prediction = replace(prediction, demographic=profiles)
+    document, tables = score_prediction(prediction, marginal, min_group_size=50, num_samples=50)
+    assert {entry["group"] for entry in document["groups"]["sex"]} == {"f", "m"}
+    assert tables["cells"].units == ("sex", "question") and len(tables["cells"].weights) == 40
+    assert document["metrics"]["emd"]["value"] is not None
 
 
 def test_two_groups_of_people_are_no_sample_of_groups():

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .metrics.intervals import Estimate, bootstrap_interval
-from .metrics.pooled import MIN_ENTROPY_GAP, denominator_note
+from .metrics.pooled import MIN_ENTROPY_GAP, MIN_INFORMATION, denominator_note
 from .resampling import crossed_clusters
 
 
@@ -57,11 +57,14 @@ class Denominator(NamedTuple):
         name (`str`): For the note.
         function (`Callable`): The means of the metric's columns → the denominator.
         least (`float`): Least lower bound, in nats.
+        bounded (`bool`): Whether the lower bound must be known; else the value decides where clusters are too few for
+            an interval.
     """
 
     name: str
     function: Callable[..., Any]
     least: float
+    bounded: bool = False
 
 
 class Formula(NamedTuple):
@@ -89,17 +92,27 @@ FORMULAS = {
     "emd": Formula(("cells",), ("emd",)),
     "emd_population": Formula(("cells",), ("emd",), weighted=True),
     "kl": Formula(("cells",), ("kl",)),
-    "kl_explained": Formula(("cells",), ("kl", "kl_marginal"), lambda model, marginal: 1 - model / marginal),
+    "kl_explained": Formula(
+        ("cells",),
+        ("kl", "kl_marginal"),
+        lambda model, marginal: 1 - model / marginal,
+        denominator=Denominator("KL(truth || marginal)", lambda model, marginal: marginal, MIN_INFORMATION),
+    ),
     "entropy": Formula(("cells",), ("entropy",)),
     "collapse_index": Formula(
         ("cells",),
         ("entropy", "entropy_true", "entropy_marginal"),
         lambda model, true, marginal: (model - true) / (marginal - true),
         denominator=Denominator(
-            "H(marginal) - H(truth)", lambda model, true, marginal: marginal - true, MIN_ENTROPY_GAP
+            "H(marginal) - H(truth)", lambda model, true, marginal: marginal - true, MIN_ENTROPY_GAP, bounded=True
         ),
     ),
-    "spread_ratio": Formula(("cells",), ("between", "between_true"), lambda model, true: model / true),
+    "spread_ratio": Formula(
+        ("cells",),
+        ("between", "between_true"),
+        lambda model, true: model / true,
+        denominator=Denominator("the truth's divergence between profiles", lambda model, true: true, MIN_INFORMATION),
+    ),
     "outside": Formula(("answers", "cells"), ("outside",)),
     "position_bias": Formula(("answers", "cells"), ("position_bias",)),
 }
@@ -160,10 +173,12 @@ def measure(
         unit = scores.units[sizes.index(len(np.unique(clusters[0])))]
     options = dict(weights=weights, num_samples=num_samples, seed=seed)
     if formula.denominator is not None:
-        name, divisor, least = formula.denominator
+        what, divisor, least, bounded = formula.denominator
         for run in np.split(values[rows], len(runs), axis=1):
             found = bootstrap_interval(run, clusters, divisor, **options)
-            if note := denominator_note(found, name, least):
+            if found.low is None and not bounded:
+                found = replace(found, low=found.value)
+            if note := denominator_note(found, what, least):
                 return Estimate(None, None, None, found.n, note), unit
     return bootstrap_interval(values[rows], clusters, function, **options), unit
 

@@ -17,7 +17,7 @@ from .group_cells import DistributionCells, cells_of_answers, cells_of_truth, gr
 from .metrics.cells import emd, entropy, expected_accuracy, kl, nll
 from .metrics.groups import inequity_table, scores_by_group
 from .metrics.intervals import Estimate
-from .metrics.pooled import profile_information
+from .metrics.pooled import profile_information, true_information
 from .metrics.stereotypes import stereotyping_table
 from .prediction import SurveyPrediction
 from .resampling import crossed_clusters, metric, number_labels, resampled_mean
@@ -44,11 +44,11 @@ def score_prediction(
 
     Where the truth of the cells is known, metrics of distributions are over these (question, profile) cells. Where
     people's answers are all that there is, a cell has an answer or a few. Then they are over (question, group) cells
-    of at least `min_group_size` people, with the groups of the first field of `group_by`. Accuracy and log-loss are
-    those of the answers where there are any.
+    of at least `min_group_size` people, with the groups of the first field of `group_by` that has two with a cell.
+    Accuracy and log-loss are those of the answers where there are any.
 
     Answers of weight 0 are left out. Shares of few answers have too little entropy and differ too much: divergences
-    and entropies of (question, group) cells are less the noise to be expected, EMD and the stereotyping table aren't.
+    and entropies of (question, group) cells are less the noise to be expected, EMD isn't.
 
     Args:
         prediction (`SurveyPrediction`): What a model predicts.
@@ -78,14 +78,22 @@ def score_prediction(
             return cells_of_truth(prediction, marginal, names)
         return cells_of_answers(prediction, marginal, names, person, min_group_size)
 
-    cells = cells_by(fields[0] if fields else None)
     of_answers = prediction.truth is None
+    by = fields[0] if fields else None
+    cells = cells_by(by)
+    if of_answers and len(np.unique(cells.cluster)) < 2:
+        # A single group, as where no country has enough people, differs from nobody.
+        for field in fields[1:]:
+            other = cells_by(field)
+            if len(np.unique(other.cluster)) > 1:
+                by, cells = field, other
+                break
     # Both sexes, say, are all that there are: no sample of groups.
     fixed = of_answers and len(np.unique(cells.cluster)) < MIN_SAMPLED_GROUPS
     tables = {}
     if len(cells):
-        own = fields if of_answers else grouping_fields(prediction, None)
-        tables["cells"] = _cell_scores(cells, own[0] if own and (of_answers or len(own) == 1) else "profile", fixed)
+        own = [by] if of_answers else grouping_fields(prediction, None)
+        tables["cells"] = _cell_scores(cells, own[0] if len(own) == 1 and own[0] else "profile", fixed)
     if len(prediction.answer_cell):
         tables["answers"] = answer_scores(prediction, marginal, person)
 
@@ -163,13 +171,12 @@ def _counts(prediction: SurveyPrediction, person: np.ndarray) -> dict[str, Any]:
         "profiles": len(prediction.demographic),
         "questions": len(np.unique(prediction.question_id)),
         "bad_rows": {reason: len(rows) for reason, rows in prediction.bad_rows.items()},
+        **({"unknown_values": prediction.unknown_values} if prediction.unknown_values else {}),
     }
 
 
 def _cell_scores(cells: DistributionCells, who: str, fixed: bool) -> Scores:
     question = number_labels(cells.question.tolist())
-    # What the noise of the answers adds to the divergence from a mean over the question's cells, which has it too.
-    between = cells.noise * (1 - 1 / np.bincount(question)[question])
     known = np.isfinite(cells.marginal).all(1)
     part = (cells.truth[known], cells.marginal[known], cells.num_options[known])
 
@@ -191,7 +198,7 @@ def _cell_scores(cells: DistributionCells, who: str, fixed: bool) -> Scores:
         "entropy_true": entropy(cells.truth) + cells.noise,
         "entropy_marginal": of_marginal(entropy(part[1])),
         "between": profile_information(cells.predicted, cells.num_options, cells.question),
-        "between_true": profile_information(cells.truth, cells.num_options, cells.question) - between,
+        "between_true": true_information(cells.truth, cells.num_options, cells.question, cells.noise),
         "noise": cells.noise,
         "outside": cells.outside,
         "position_bias": cells.position_bias,
@@ -230,8 +237,10 @@ def _metrics(
                 add_note(entry, noisy)
             if name in ("kl", "kl_explained", "spread_ratio", "collapse_index"):
                 add_note(entry, less_noise)
+            if name == "kl" and estimate.value is not None and estimate.value < 0:
+                add_note(entry, "below 0 is as near as the noise can tell")
             if fixed:
-                add_note(entry, f"for these {len(np.unique(cells.cluster))} groups")
+                add_note(entry, f"for these {len(np.unique(cells.cluster))} groups of {tables[table].units[0]}")
         known = [np.isfinite(tables[table].columns[each]) for each in formula.columns if each.endswith("_marginal")]
         if known and not known[0].all():
             add_note(entry, f"over the {known[0].sum():,} of {len(known[0]):,} cells with training answers")
@@ -303,16 +312,12 @@ def _stereotyping(
         clusters[1],
         crossed_clusters(clusters),
         group=[name if name in largest else None for name in cells.group.tolist()],
+        noise=cells.noise,
         **options,
     )
-    noisy = bool(cells.noise.any())
-    groups = {name: _written(row, noisy) for name, row in table.pop("groups").items()}
-    return {name: row and _written(row, noisy) for name, row in table.items()} | {"groups": groups}
+    groups = {name: _written(row) for name, row in table.pop("groups").items()}
+    return {name: row and _written(row) for name, row in table.items()} | {"groups": groups}
 
 
-def _written(row: Mapping[str, Any], noisy: bool) -> dict[str, Any]:
-    result = {key: dict(vars(value)) if isinstance(value, Estimate) else value for key, value in row.items()}
-    for name in ("spread_ratio", "entropy_ratio", "true_between"):
-        if noisy and name in result:
-            add_note(result[name], "the noise of the cells' answers counts as difference between profiles")
-    return result
+def _written(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: dict(vars(value)) if isinstance(value, Estimate) else value for key, value in row.items()}

@@ -69,6 +69,15 @@ def test_differences_made_up_on_consensus_questions(survey):
     assert table(truth[:60], truth[:60], question[:60])["consensus"] is None
 
 
+def test_the_noise_of_few_answers_is_no_difference_between_profiles(survey):
+    truth, question, _ = survey
+    # Of 6 cells, a cell's noise of 0.03 adds 0.03 (1 - 1/6) to its divergence from their mean.
+    noisy, known = (table(truth, truth, question, **options)["all"] for options in ({"noise": np.full(90, 0.03)}, {}))
+    assert noisy["true_between"].value == pytest.approx(known["true_between"].value - 0.03 * 5 / 6)
+    assert noisy["between"].value == pytest.approx(known["between"].value)
+    assert noisy["entropy_ratio"].value == pytest.approx(entropy(truth).mean() / (entropy(truth).mean() + 0.03))
+
+
 def test_a_row_per_group(survey):
     truth, question, profile = survey
     group = [None if one == 5 else f"p{one % 2}" for one in profile]

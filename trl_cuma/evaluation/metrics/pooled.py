@@ -156,6 +156,29 @@ def profile_information(
     return np.where(divergence > 1e-12, divergence, 0.0)  # equal rows differ from their mean by rounding
 
 
+def true_information(
+    truth: np.ndarray,
+    num_options: np.ndarray,
+    question: np.ndarray,
+    noise: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    [`profile_information`] of shares of few answers, less what their noise adds to it. A cell's own noise is in its
+    question's mean too, so that of `n` cells, `noise (1 - 1/n)` is what it adds.
+
+    Args:
+        truth, num_options, question, weights: As in [`profile_information`].
+        noise (`np.ndarray` of shape `(cells,)`): Nats by which the entropy of each row is too low.
+
+    Returns:
+        `np.ndarray` of shape `(cells,)`: May be below 0.
+    """
+    _, code = np.unique(question, return_inverse=True)
+    found = profile_information(truth, num_options, question, weights)
+    return found - noise * (1 - 1 / np.bincount(code)[code])
+
+
 def spread_ratio(
     truth: np.ndarray,
     predicted: np.ndarray,

@@ -15,7 +15,7 @@ import numpy as np
 
 from .cells import check_distributions, entropy
 from .intervals import Estimate, bootstrap_interval, row_weights
-from .pooled import profile_information
+from .pooled import profile_information, true_information
 
 CONSENSUS = 0.01
 """Most true mutual information between profile and answer, in nats, of a question that counts as consensus."""
@@ -30,6 +30,7 @@ def stereotyping_table(
     *,
     group: Sequence[str | None] | None = None,
     weights: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
     level: float = 0.95,
     num_samples: int = 2000,
     seed: int = 0,
@@ -55,6 +56,8 @@ def stereotyping_table(
         group (sequence of `str` or `None`, *optional*): Each cell's group, for a row per group; `None` is left out.
             Give only groups of enough people to be named.
         weights (`np.ndarray` of shape `(cells,)`, *optional*): As in [`weighted_mean`].
+        noise (`np.ndarray` of shape `(cells,)`, *optional*): Nats by which the entropy of `truth` is too low, as of
+            the shares of few answers. It looks like a difference between profiles, and is taken out of both.
         level (`float`), num_samples (`int`), seed (`int`): see [`bootstrap_interval`].
 
     Returns:
@@ -69,8 +72,9 @@ def stereotyping_table(
     check_distributions("predicted", predicted, num_options)
     weights = row_weights(weights, len(truth))
     between = profile_information(predicted, num_options, question, weights)
-    true_between = profile_information(truth, num_options, question, weights)
-    values = np.stack([between, true_between, entropy(predicted), entropy(truth)], 1)
+    noise = np.zeros(len(truth)) if noise is None else noise
+    true_between = true_information(truth, num_options, question, noise, weights)
+    values = np.stack([between, true_between, entropy(predicted), entropy(truth) + noise], 1)
 
     def row(cells: np.ndarray, ratio: bool = True) -> dict[str, Any]:
         own = [column[cells] for column in clusters]
