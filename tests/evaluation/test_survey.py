@@ -111,6 +111,17 @@ def test_the_encoder_is_the_adapters_own(tokenizer, tmp_path):
         predict(without, tokenizer, rows)
 
 
+def test_unknown_values_are_counted_and_not_named(tokenizer, caplog):
+    """A country that no training person had is answered as if it were missing, and who evaluates must know."""
+    rows = [asked(0, 0), asked(1, 0, demographic=PEOPLE[0] | {"country": "Borduria"}), asked(0, 1)]
+    rows += [asked(0, 0, demographic={"country": "San Theodoros", "age": "65+"})]
+    with caplog.at_level(logging.WARNING):
+        found = predict(build(tokenizer), tokenizer, rows)
+    assert found.unknown_values == {"country": 2}
+    assert "of 4: country 2" in caplog.text and "Borduria" not in caplog.text
+    assert not predict(build(tokenizer), tokenizer, rows[:1]).unknown_values
+
+
 @pytest.mark.parametrize("kind", ["plain", "lora", "semantic"])
 def test_a_model_that_reads_no_profile_needs_none(tokenizer, kind):
     if kind == "semantic":

@@ -2,7 +2,7 @@
 """Profiles with named fields to multi-hot vectors."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -140,6 +140,17 @@ class FieldEncoder:
         unknown = [i for i, p in enumerate(profiles) if self._vocabulary.keys().isdisjoint(p.fields)]
         if unknown and missing == "error":
             raise missing_error(unknown)
+
+    def count_unknown(self, profiles: Sequence[DemographicProfile | Mapping[str, Any] | None]) -> dict[str, int]:
+        """
+        Of each of the encoder's fields, how many profiles have a value there that it doesn't know (unseen in training,
+        or rarer than `min_count`) and encodes like a missing one. Fields without such profiles are left out.
+        """
+        self._require_fit()
+        found: Counter[str] = Counter()
+        for profile in read_profiles(profiles):
+            found.update(n for n, v in profile.fields.items() if n in self._vocabulary and (n, v) not in self._columns)
+        return dict(sorted(found.items()))
 
     @property
     def fingerprint(self) -> str:

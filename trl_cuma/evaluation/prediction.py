@@ -34,6 +34,8 @@ class SurveyPrediction:
             the options in different orders; `None` where they were asked in one order.
         num_rows (`int`): Rows that were read, the bad ones too; 0 for a [`Survey`].
         bad_rows (`dict[str, list[int]]`): Reason → numbers of the rows that could not be evaluated.
+        unknown_values (`dict[str, int]`): Field → profiles whose value there the adapter's encoder doesn't know: they
+            are answered as if the field were missing.
     """
 
     question_id: np.ndarray
@@ -50,6 +52,7 @@ class SurveyPrediction:
     position_bias: np.ndarray | None = None
     num_rows: int = 0
     bad_rows: dict[str, list[int]] = field(default_factory=dict)
+    unknown_values: dict[str, int] = field(default_factory=dict)
 
     def observed(self) -> np.ndarray:
         """

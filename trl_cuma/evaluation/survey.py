@@ -122,6 +122,7 @@ def predict_survey(
         answer_person=np.array([f"person-{answers.person[row]}" for row in within], dtype=str),
         answer_weight=np.ones(len(within)),
         position_bias=bias,
+        unknown_values=_unknown_values(table, demographic),
     )
 
 
@@ -245,6 +246,7 @@ def predict_rows(
         position_bias=bias,
         num_rows=rows.num_rows,
         bad_rows=rows.bad,
+        unknown_values=_unknown_values(table, [rows.profiles[index] for index in profiles]),
     )
 
 
@@ -263,6 +265,21 @@ def _can_encode(table: DemographicTable, profiles: Sequence[Any]) -> np.ndarray:
         return True
 
     return np.array([can(profile) for profile in profiles], dtype=bool)
+
+
+def _unknown_values(table: DemographicTable | None, profiles: Sequence[Any]) -> dict[str, int]:
+    """See [`SurveyPrediction`]; also as a warning, for nobody trains on an unknown country on purpose."""
+    if table is None or not isinstance(table.encoder, FieldEncoder):
+        return {}
+    found = table.encoder.count_unknown([profile for profile in profiles if not is_vector(profile)])
+    if found and PartialState().is_main_process:
+        logger.warning(
+            "Profiles with a value that the adapter's encoder doesn't know, of %s: %s. They are answered as if the "
+            "field were missing.",
+            f"{len(profiles):,}",
+            ", ".join(f"{name} {number:,}" for name, number in found.items()),
+        )
+    return found
 
 
 def _cell_keys(rows: SurveyRows) -> np.ndarray:
