@@ -116,6 +116,9 @@ def test_models_that_read_no_profile(tokenizer, kind):
             each = logits[-len(ids) :].log_softmax(-1)
             expected = sum(each[place - 1, ids[place]].item() for place in range(length, len(ids)))
             assert log_probs[row, k] == pytest.approx(expected, abs=1e-9)
+    if kind == "p-tuning":
+        with pytest.raises(ValueError, match="`padding_side` is 'left'"):
+            option_log_probs(model, tokenizer, TEXTS, OPTIONS, padding_side="left")
 
 
 def test_a_model_that_gives_logits_of_all_positions_only(tokenizer):

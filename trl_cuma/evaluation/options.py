@@ -67,7 +67,7 @@ def option_log_probs(
             adapter that reads them.
         max_batch_tokens (`int`, defaults to 8192): Tokens of a batch, with its padding. Lower it if memory runs out.
         padding_side (`str`, defaults to `"right"`): Where batches are padded, whatever the tokenizer's own side is.
-            The results are the same.
+            The results are the same. `"right"` for prompt learning.
         description (`str`, *optional*): Shows a progress bar with this name.
 
     Returns:
@@ -299,6 +299,11 @@ class _Forward:
         self.accepted = inspect.signature(base.forward).parameters
         # Virtual tokens shift the positions of the logits, but not as counted from the end.
         virtual = isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning
+        if virtual and padding_side == "left":
+            raise ValueError(
+                "`padding_side` is 'left', but prompt learning puts its virtual tokens before the padding, where they "
+                "would be further from the prompt than in training. Use 'right'."
+            )
         self.keeps = "logits_to_keep" in self.accepted and not virtual
         self.device = next(inner.parameters()).device
         self.left = padding_side == "left"
