@@ -364,6 +364,27 @@ def test_held_out_countries_meet_test_questions_only(tmp_path):
     assert "Land 4" not in {row["demographic"]["country"] for split in ("train", "test") for row in data[split]}
 
 
+def test_cells_can_be_held_out_of_questions_that_are_trained_on(tmp_path):
+    """So that there is a training marginal: of the questions, by other countries' answers."""
+    source = to_csv(tmp_path / "a.csv", many())
+    splits = SplitOptions(split_by=("person",), test=0.25, holdout_countries=("Land 4",))
+    conversion = convert_global_opinions(source, splits=splits)
+    cells = {
+        split: {(row["question_id"], row["demographic"]["country"]) for row in part}
+        for split, part in conversion.datasets().items()
+    }
+    # 30 of the 120 cells are drawn for testing, 9 of which are of the held-out country.
+    assert {split: len(part) for split, part in cells.items()} == {"train": 79, "test": 21, "test_countries": 20}
+    assert not cells["train"] & cells["test"]
+    questions = {split: {question for question, _ in part} for split, part in cells.items()}
+    assert questions["train"] == questions["test_countries"] and questions["test"] <= questions["train"]
+    assert conversion.report.kept("cells") == 120
+    answers = convert_global_opinions(source, task="sft", splits=splits, answers_per_cell=3).datasets()
+    assert_disjoint(answers, ("person",))
+    asked = {split: {(r["question_id"], r["demographic"]["country"]) for r in part} for split, part in answers.items()}
+    assert asked == cells
+
+
 def test_questions_of_held_out_countries_alone_are_not_kept(tmp_path):
     """They have a row where they are for testing, and none where they are not."""
     rows = many()
@@ -398,8 +419,6 @@ def test_questions_of_nearly_the_same_text_stay_together(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"splits": SplitOptions()}, "`split_by` .* `holdout_countries`"),
-        ({"splits": SplitOptions(split_by=("person",))}, "`split_by` .* `holdout_countries`"),
         (
             {"splits": SplitOptions(split_by=("prompt",), holdout_combinations=("country", "age"))},
             "`holdout_combinations` .* `holdout_countries`",

@@ -72,8 +72,10 @@ def convert_global_opinions(
             distributions. `"sft"`: answers drawn from each cell's distribution. `"dpo"`: these answers, each over
             another option, drawn uniformly.
         prompts (`PromptFormat`, *optional*): The wording.
-        splits (`SplitOptions`, *optional*): Which questions and countries are held out. There are no people to split:
-            `split_by` must be `("prompt",)`, as it is by default. Countries may have any of their names.
+        splits (`SplitOptions`, *optional*): Which questions and countries are held out; by default
+            `split_by=("prompt",)`: questions. Here "person" stands for a cell, as its people are simulated for it
+            alone: `split_by=("person",)` holds out cells of questions that other countries answer in training, and
+            tests `holdout_countries` on all questions. Countries may have any of their names.
         answers_per_cell (`int`, defaults to `200`): Answers to draw per cell, for `"sft"` and `"dpo"`. They depend on
             `splits.seed`, question and country alone.
         min_countries (`int`, defaults to `2`): Questions of fewer countries are left out.
@@ -91,11 +93,6 @@ def convert_global_opinions(
     """
     prompts, splits = prompts or PromptFormat(), splits or SplitOptions(split_by=("prompt",))
     check_task(task, tuple(LAST_UNIT), prompts.messages)
-    if splits.split_by != ("prompt",):
-        raise ValueError(
-            f"`split_by` is {splits.split_by!r}, but GlobalOpinionQA has countries and no people: set it to "
-            '("prompt",). To test on countries that were not trained on, set `holdout_countries`.'
-        )
     if splits.holdout_combinations:
         raise ValueError(
             f"`holdout_combinations` is {splits.holdout_combinations!r}, but GlobalOpinionQA's only field is "
@@ -140,9 +137,13 @@ def convert_global_opinions(
 
 
 def _split(survey: CountryShares, groups: list[str], splits: SplitOptions) -> np.ndarray:
-    """The split of each cell: its question's, and what its country allows."""
-    countries = pd.DataFrame({"country": survey.countries}, index=survey.countries, dtype=object)
-    return split_rows(split_people(countries, splits)[survey.country], split_prompts(groups, splits)[survey.question])
+    """The split of each cell: its question's, its own, and what its country allows."""
+    # What one country answered to almost the same question stays together.
+    country = np.array(survey.countries, dtype=object)[survey.country]
+    names = [f"{groups[question]}\0{name}" for question, name in zip(survey.question, country, strict=True)]
+    unique, first, cell = np.unique(names, return_index=True, return_inverse=True)
+    people = pd.DataFrame({"country": country[first]}, index=unique, dtype=object)
+    return split_rows(split_people(people, splits)[cell], split_prompts(groups, splits)[survey.question])
 
 
 class _Rows:
