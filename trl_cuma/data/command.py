@@ -156,7 +156,8 @@ def _add_split_options(command: argparse.ArgumentParser) -> None:
         "--split_by",
         nargs="+",
         choices=("person", "prompt"),
-        help="what training and test don't share (default: both; global_opinions: prompt)",
+        help="what training and test don't share (default: both; global_opinions: prompt, and person holds out a "
+        "country's answers to single questions)",
     )
     group.add_argument(
         "--holdout_combinations", nargs=2, metavar="FIELD", help="hold out combinations of these two fields' values"
