@@ -20,7 +20,7 @@ from trl_cuma.data.conversion import MESSAGES
 from trl_cuma.data.prompts import PromptFormat
 from trl_cuma.data.survey import Question
 from trl_cuma.evaluation.command import _key, main_evaluate
-from trl_cuma.evaluation.evaluation_data import Wording, people_of, training_marginal
+from trl_cuma.evaluation.evaluation_data import Wording, people_of, sample_rows, training_marginal
 from trl_cuma.evaluation.rows import read_rows
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
@@ -130,12 +130,44 @@ def test_the_report_of_an_adapter(runs, folder):
     assert [entry["people"] for entry in found["topology"]["groups"]] == [12] * 3
     page = (runs / "cuma" / "report.html").read_text()
     assert page.count("<figure") == 3 + 4 + 1
+    assert "question and group: the people of one country who answered it, 6 or more" in page
 
 
 def test_a_plain_adapter_has_no_topology(runs):
     found = document(runs / "lora")
     assert "training" not in found and found["topology"] is None
     assert found["splits"]["test"]["metrics"].keys() == document(runs / "cuma")["splits"]["test"]["metrics"].keys()
+
+
+def test_people_without_a_profile_do_not_cost_the_topology(folder, tmp_path):
+    """The first three of 36, one of each country; and religion, of which nobody can be shown, makes no groups."""
+
+    def forget(row):
+        known = row["person_id"] not in ("person-0", "person-1", "person-2")
+        return {"demographic": {name: value if known else None for name, value in row["demographic"].items()}}
+
+    DatasetDict(test=rows(0, PEOPLE).map(forget)).save_to_disk(str(tmp_path / "data"))
+    arguments = ["--adapter", str(folder / "cuma"), "--data", str(tmp_path / "data"), "--num_samples", "10"]
+    arguments += ["--max_bad_share", "0.1", "--group_by", "religion", "country", "--output_dir"]
+    assert main_evaluate([*arguments, str(tmp_path / "out"), "--min_group_size", "6"]) == 0
+    found = document(tmp_path / "out")
+    assert sum(found["splits"]["test"]["counts"]["bad_rows"].values()) == 3 * 4
+    assert found["topology"]["fields"] == ["country"] and "topology_note" not in found
+    assert [entry["people"] for entry in found["topology"]["groups"]] == [11] * 3
+    # Groups of 30 there are none; what else was measured is not lost.
+    assert main_evaluate([*arguments, str(tmp_path / "none"), "--min_group_size", "30"]) == 0
+    found = document(tmp_path / "none")
+    why = "None of the fields ['religion', 'country'] makes two groups of 30 of the 33 people (`--min_group_size`)."
+    assert found["topology"] is None and found["topology_note"] == why
+    assert "There is none. None of the fields" in (tmp_path / "none" / "report.html").read_text()
+
+
+def test_a_limit_draws_rows_of_many_people():
+    data = rows(0, 6)  # of four rows each
+    some = sample_rows(data, 9, 0)["person_id"][:]
+    assert len(some) == 9 and len(set(some)) > 3 and some == sorted(some)
+    assert sample_rows(data, 9, 0)["person_id"][:] == some != sample_rows(data, 9, 1)["person_id"][:]
+    assert sample_rows(data, 24, 0) is data
 
 
 def test_few_people_are_named_nowhere(runs):
@@ -216,6 +248,9 @@ def test_two_runs_are_compared(runs, tmp_path, capsys):
         (["--train_split", "trian"], "`--train_split` names 'trian', which the data lacks"),
         (["--group_by", "shoe_size"], "'shoe_size', which no profile has"),
         (["--limit", "0"], "`--limit` is 0"),
+        (["--person_column", "persn"], "`--person_column` is 'persn', and split 'test' has no such column"),
+        (["--adapter", "no-such/adapter"], "`--adapter` no-such/adapter: "),
+        (["--model", "no-such/model"], "`--model` no-such/model: "),
         (["--max_bad_share", "0"], "1 of 145 rows"),
         (["--judge", "judge"], "are for rows of `prompt`, `chosen` and `rejected`; these are none"),
     ],

@@ -14,7 +14,7 @@ from trl_cuma import CuMAConfig, FieldEncoder
 from trl_cuma.adapter.router import CuMARouter, compute_gates
 from trl_cuma.evaluation.expert_information import expert_information
 from trl_cuma.evaluation.profile_routing import ProfileRouting, route_profiles
-from trl_cuma.evaluation.topology import evaluate_topology, map_topology
+from trl_cuma.evaluation.topology import evaluate_topology, fields_with_groups, map_topology
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
 # Each country's experts at layer 0, the first with three times the second's gate. Layer 1 sends everybody to 0 and 5.
@@ -281,7 +281,15 @@ def test_a_field_with_one_group_tells_nothing(model, tokenizer) -> None:
     document = found.to_dict()
     assert document["mutual_information"]["planet"] == document["mutual_information"]["id"] == []
     assert document["mutual_information_mean"]["planet"]["value"] is None
-    assert "all people are in one group" in document["mutual_information_mean"]["planet"]["note"]
+    assert "all are in one group" in document["mutual_information_mean"]["planet"]["note"]
+
+
+def test_fields_that_make_no_two_groups_are_passed_over() -> None:
+    """16 people of 4 countries and 2 ages; of planets only one, and the ids are too rare."""
+    rows = [{**person, "planet": "Earth", "id": str(row)} for row, person in enumerate(PEOPLE)]
+    assert fields_with_groups(rows, ["planet", "country", "id", "age"], 4) == ["country", "age"]
+    assert fields_with_groups(rows, ["country", "age"], 5) == ["age"]
+    assert fields_with_groups([None, "a text", [1.0]], ["country"], 1) == []
 
 
 def test_where_each_profile_is_a_group_there_is_nothing_to_permute() -> None:

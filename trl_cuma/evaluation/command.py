@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import generation_document as generation
+from .inputs import COLUMNS, check_paths, load_model, set_columns
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -99,10 +100,17 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, required=True, help="a folder that is not there yet")
     group = parser.add_argument_group("rows")
     group.add_argument("--answer_by", choices=("letter", "text"), default="letter", help="what a row answers")
-    group.add_argument("--demographic_column", default="demographic", help="default: demographic")
-    group.add_argument("--person_column", default="person_id", help="default: person_id")
-    group.add_argument("--limit", type=int, default=None, help="evaluate so many rows of each split, drawn evenly")
-    group.add_argument("--max_bad_share", type=float, default=0.01, help="of rows, where it stops; default: 0.01")
+    for name, default in COLUMNS.items():
+        group.add_argument(f"--{name}", default=None, help=f"default: {default}, if there is one")
+    group.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        help="evaluate so many rows of each split, drawn evenly: answers, not people with all of theirs",
+    )
+    group.add_argument(
+        "--max_bad_share", type=float, default=0.01, help="of rows, 0 to 1, where it stops; default: 0.01"
+    )
     group = parser.add_argument_group("measures")
     group.add_argument(
         "--group_by", nargs="+", default=None, metavar="FIELD", help="fields; default: all, country first"
@@ -149,9 +157,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"`--{name}` is {value}, expected {low} or more.")
+    if not 0 <= args.max_bad_share <= 1:
+        raise ValueError(f"`--max_bad_share` is {args.max_bad_share}, expected a share from 0 to 1.")
     generation.check_arguments(args)
-    if args.reference_map is not None and not args.reference_map.is_file():
-        raise FileNotFoundError(f"`--reference_map` {args.reference_map} is no file.")
+    check_paths(args)
 
 
 def _check_fields(args: argparse.Namespace, feature: Any) -> None:
@@ -169,8 +178,9 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
     from .scoring import grouping_fields, score_prediction
     from .survey import predict_rows
 
-    columns = {name: getattr(args, name) for name in ("answer_by", "demographic_column", "person_column")}
     splits, train = load_splits(args.data, args.data_config, args.split, args.train_split or "train")
+    set_columns(args, splits)
+    columns = {name: getattr(args, name) for name in ("answer_by", *COLUMNS)}
     if args.train_split and train is None:
         raise ValueError(
             f"`--train_split` names {args.train_split!r}, which the data lacks. Name the split that was trained "
@@ -193,12 +203,12 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
             "`--judge` and `--generate` are for rows of `prompt`, `chosen` and `rejected`; these are none."
         )
     judge = generation.make_judge(args) if args.judge and is_main else None
-    model, tokenizer, about = _load(args, args.model, args.adapter)
+    model, tokenizer, about = load_model(args, args.model, args.adapter, splits)
     marginal = {}
     if is_main and train is not None and surveys:
         known = read_rows(sample_rows(train, MARGINAL_ROWS, args.seed), show_progress=True, **columns)
         marginal = training_marginal(known)
-    document: dict[str, Any] = {"version": 1, "model": about, "splits": {}}
+    document: dict[str, Any] = {"version": 1, "model": about, "min_group_size": args.min_group_size, "splits": {}}
     cells: dict[str, np.ndarray] = {}
     for number, (name, rows) in enumerate(surveys.items()):
         prediction = predict_rows(
@@ -212,6 +222,8 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
         )
         if not is_main:
             continue
+        bad = [number for numbers in prediction.bad_rows.values() for number in numbers]
+        rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
         wording = Wording(rows, **columns)
         scores, tables = score_prediction(
             prediction,
@@ -222,14 +234,17 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
             num_samples=args.num_samples,
             seed=args.seed,
         )
+        if "cells" in tables:
+            least = args.min_group_size if prediction.truth is None else None
+            scores["cells"] = {"by": tables["cells"].units[0], "min_people": least}
         document["splits"][name] = scores
         cells[f"{name}/key"] = np.array(_key(prediction))
         for table, values in tables.items():
             cells |= values.arrays(f"{name}/{table}")
         about.setdefault("prompt_profile", wording.prompt_profile)
         if number == 0 and args.topology_prompts:
-            fields = grouping_fields(prediction, args.group_by)
-            document["topology"] = _topology(args, model, tokenizer, rows, list(wording.prompts.values()), fields)
+            fields, prompts = grouping_fields(prediction, args.group_by), list(wording.prompts.values())
+            document |= _topology(args, model, tokenizer, rows, wording.prompt_profile, prompts, fields)
     if choices:
         found, arrays = generation.own_choices(args, model, tokenizer, choices)
         document["generation"] = {"own_choices": found}
@@ -238,7 +253,7 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
         stated, prompts, fields = generation.prompts_and_fields(args, rows)
         about.setdefault("prompt_profile", stated)
         if is_main and args.topology_prompts and not surveys:
-            document["topology"] = _topology(args, model, tokenizer, rows, prompts, fields)
+            document |= _topology(args, model, tokenizer, rows, stated, prompts, fields)
     if to_draw:
         drawn = generation.draw(args, model, tokenizer, choices)
         answers = [generation.write_answers(args, model, tokenizer, about, drawn)]
@@ -247,7 +262,7 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
                 answers.append(generation.write_answers(args, model, tokenizer, about | {"adapter": None}, drawn))
         elif args.judge:
             del model  # there may be no room for two
-            model, tokenizer, other = _load(args, *generation.read_against(args))
+            model, tokenizer, other = load_model(args, *generation.read_against(args), choices, "--against")
             answers.append(generation.write_answers(args, model, tokenizer, other, drawn))
         if is_main:
             document["generation"]["answers"] = generation.answers_document(args, drawn, answers, judge)
@@ -256,63 +271,48 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
     return document, cells
 
 
-def _load(args: argparse.Namespace, model_id: str | None, adapter: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer, and what the document says of them."""
-    import torch
-    from accelerate import PartialState
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    import trl_cuma  # noqa: F401  its adapters can be loaded from here on
-
-    name = model_id or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if not name:
-        raise ValueError(f"The adapter {adapter} doesn't say which model it is for. Name it with `--model`.")
-    quantization = None
-    if args.load_in_4bit:
-        compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=args.dtype,
-        quantization_config=quantization,
-        device_map={"": PartialState().device},
-        trust_remote_code=args.trust_remote_code,
-    )
-    about: dict[str, Any] = {"name": str(name), "adapter": adapter, "parameters_trained": None}
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-        about["parameters_trained"] = sum(values.numel() for values in get_peft_model_state_dict(model).values())
-    # What training saved beside the adapter may have another chat template.
-    own = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if own else name, trust_remote_code=args.trust_remote_code)
-    return model.eval(), tokenizer, about
-
-
 def _topology(
-    args: argparse.Namespace, model: Any, tokenizer: Any, rows: Any, prompts: Sequence[Any], fields: Sequence[str]
-) -> dict[str, Any] | None:
-    """The topology's document; without one where nothing is routed by profile, or people can't be told apart."""
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    stated: bool | None,
+    prompts: Sequence[Any],
+    fields: Sequence[str],
+) -> dict[str, Any]:
+    """The document's `topology`, or the reason why a CuMA adapter has none: what was measured is not lost with it."""
+    from ..adapter import CuMAConfig
     from .evaluation_data import people_of
-    from .topology import evaluate_topology
+    from .profile_routing import routing_config
+    from .topology import evaluate_topology, fields_with_groups
     from .vectors import demographic_table
 
-    table = demographic_table(model)
-    if table is None or not fields:
-        return None
-    if not prompts:
-        logger.warning("No topology: the prompts state the profile, or no question is asked of two profiles.")
-        return None
-    profiles, are_people = people_of(rows, args.demographic_column, args.person_column)
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), args.topology_prompts)).astype(int))
-    options = dict(table=table, min_group_size=args.min_group_size if are_people else 1, seed=args.seed)
-    options |= dict(reference=args.reference_map, show_progress=True)
+    if not any(isinstance(config, CuMAConfig) for config in getattr(model, "peft_config", {}).values()):
+        if args.reference_map:
+            logger.warning("`--reference_map` is not used: without a CuMA adapter there is no topology.")
+        return {"topology": None}
     try:
-        found = evaluate_topology(model, tokenizer, [prompts[i] for i in chosen], profiles, fields[:1], **options)
-    except ValueError as error:  # too few people, say: no reason to lose what was measured
+        routing_config(model)
+        if stated:
+            raise ValueError("The prompts state the profile, so that they fit no other one.")
+        if not prompts:
+            raise ValueError("Whether the prompts state the profile can't be told: no question is asked of two.")
+        profiles, are_people = people_of(rows, args.demographic_column, args.person_column)
+        least = args.min_group_size if are_people else 1
+        usable = fields_with_groups(profiles, fields, least)
+        if not usable:
+            raise ValueError(
+                f"None of the fields {list(fields)} makes two groups of {least} of the {len(profiles):,} "
+                f"{'people (`--min_group_size`)' if are_people else 'profiles'}."
+            )
+        chosen = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), args.topology_prompts)).astype(int))
+        options = dict(table=demographic_table(model), min_group_size=least, seed=args.seed, show_progress=True)
+        options |= dict(reference=args.reference_map)
+        found = evaluate_topology(model, tokenizer, [prompts[i] for i in chosen], profiles, usable[:1], **options)
+    except ValueError as error:
         logger.warning("No topology: %s", error)
-        return None
-    return found.to_dict()
+        return {"topology": None, "topology_note": str(error)}
+    return {"topology": found.to_dict() | {"unit": "people" if are_people else "profiles"}}
 
 
 def _training_log(adapter: Path) -> list[dict[str, Any]]:

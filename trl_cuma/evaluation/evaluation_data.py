@@ -11,8 +11,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..data.prompts import read_letters
+from .inputs import named
 from .option_tokens import Prompt, prompt_key
 from .rows import AnswerBy, SurveyRows, read_rows
+
+WHOLE = "dataset_dict.json"
+"""What `save_to_disk` writes beside the folders of a data set's splits."""
 
 MARGINAL_ROWS = 500_000
 """Training rows that the marginal is taken from; of more, so many are drawn."""
@@ -24,6 +28,8 @@ def load_splits(
     """
     The splits to evaluate, and the training split, if there is one.
 
+    A single data set that `save_to_disk` wrote is the split "test", without training answers.
+
     Args:
         data (`str`): What `trl-cuma prepare` or `save_to_disk` wrote, or anything that `load_dataset` takes.
         config (`str`, *optional*): Its configuration.
@@ -31,12 +37,20 @@ def load_splits(
         train_split (`str`): Whose answers make the marginal.
 
     Raises:
-        `ValueError`: There is no such split, or the training split is among those to evaluate.
+        `ValueError`: It can't be loaded, there is no such split, or the training split is among those to evaluate.
     """
-    if os.path.exists(os.path.join(data, "dataset_dict.json")):
+    if os.path.exists(os.path.join(data, WHOLE)):
         found = load_from_disk(data)
+    elif os.path.exists(os.path.join(data, "state.json")):
+        whole, name = os.path.split(os.path.abspath(data))
+        if os.path.exists(os.path.join(whole, WHOLE)):
+            raise ValueError(
+                f"`--data` is {data!r}, one split of {whole}. Pass that folder, and the split by `--split {name}`."
+            )
+        found = DatasetDict(test=load_from_disk(data))
     else:
-        found = load_dataset(data, name=config)
+        with named(f"`--data` {data}"):
+            found = load_dataset(data, name=config)
     assert isinstance(found, DatasetDict)
     for split in splits:
         if split not in found:
@@ -52,7 +66,10 @@ def load_splits(
 
 
 def sample_rows(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
-    """At most `limit` rows, drawn evenly, in their order."""
+    """
+    At most `limit` rows, drawn evenly, in their order. Rows, and not people with all of theirs: of as many answers,
+    those of many people say more about groups.
+    """
     if limit is None or limit >= len(dataset):
         return dataset
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit]))

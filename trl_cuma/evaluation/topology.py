@@ -30,7 +30,7 @@ from .vectors import demographic_table
 DEAD = 0.01
 """An expert with less than this part of an even load is dead, as in the trainers' logs."""
 
-ONE_GROUP = "all people are in one group"
+ONE_GROUP = "all are in one group"
 OWN_GROUPS = "each profile is a group of its own: a random assignment gives as much by construction"
 
 
@@ -179,6 +179,20 @@ def evaluate_topology(
         permutations=permutations,
         seed=seed,
     )
+
+
+def fields_with_groups(profiles: Sequence[Any], fields: Sequence[str], min_group_size: int) -> list[str]:
+    """
+    Those fields that [`evaluate_topology`] can group by: that make two groups or more.
+
+    Args:
+        profiles (`Sequence`): each person's: mapping, text, vector or `None`.
+        fields (`Sequence[str]`): to choose from.
+        min_group_size (`int`): people.
+    """
+    known = [profile.fields for profile in read_profiles(None if is_vector(each) else each for each in profiles)]
+    columns = {field: [each.get(field) for each in known] for field in fields}
+    return [field for field, column in columns.items() if len(_shown_groups(column, min_group_size)[0]) > 1]
 
 
 def map_topology(

@@ -228,7 +228,7 @@ def _topology(rng: np.random.Generator, num_groups: int, num_routers: int) -> di
     load = rng.dirichlet(np.full(4, 0.8), (num_groups, num_routers))
     routers = [f"{number // 2}.{'q_proj' if number % 2 else 'v_proj'}" for number in range(num_routers)]
     fields = {"country": 0.2, "religion": 0.1, "age": 0.002}
-    no_information = {"value": None, "expected_under_null": None, "p": None, "note": "all people are in one group"}
+    no_information = {"value": None, "expected_under_null": None, "p": None, "note": "all are in one group"}
     return {
         "fields": ["country"],
         "measure": "load",

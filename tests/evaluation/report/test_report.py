@@ -14,7 +14,17 @@ from trl_cuma.evaluation.report import write_report
 from trl_cuma.evaluation.report.figures import collapse, distributions
 from trl_cuma.evaluation.report.output import write_folder
 from trl_cuma.evaluation.report.svg import DARK, INK, MARGINAL, MODEL, MUTED, PAPER, in_dark
-from trl_cuma.evaluation.report.tables import Table, distribution_table, metrics_table
+from trl_cuma.evaluation.report.tables import (
+    Table,
+    bad_rows_table,
+    counts_table,
+    distribution_table,
+    group_tables,
+    inequity_table,
+    metrics_table,
+    stereotyping_table,
+    topology_tables,
+)
 from trl_cuma.evaluation.report.text import clean, estimate, number, shorten
 
 FIGURES = {
@@ -125,6 +135,68 @@ def test_without_training_answers_figures_leave_the_marginal_out(example):
     assert distribution_table(panels).rows[0][-1] == "n/a"
 
 
+def test_the_figure_of_entropies_says_what_a_cell_is(example):
+    points = {name: values[:10] for name, values in example.evaluation()["splits"]["test"]["collapse"].items()}
+    of_answers = collapse("c", points, {"by": "country", "min_people": 30}).caption
+    assert "question and group: the people of one country who answered it, 30 or more. On" in of_answers
+    assert "question and country. On" in collapse("c", points, {"by": "country", "min_people": None}).caption
+
+
+def test_values_that_the_encoder_does_not_know_are_counted(tmp_path):
+    counts = {"rows": 9, "answers": 9, "people": 3, "unknown_values": {"country": 12, "<age>": 1}, "bad_rows": {}}
+    split = {"counts": counts, "metrics": {}}
+    folder = write_report({"version": 1, "model": {"name": "base"}, "splits": {"test": split}}, tmp_path / "out")
+    text, page = (folder / "tables.md").read_text(), (folder / "report.html").read_text()
+    assert "| Rows | Answers | People | Values unknown to the encoder |" in text
+    assert "| 9 | 9 | 3 | country 12, \\<age\\> 1 |" in text and ">country 12, &lt;age&gt; 1<" in page
+    assert "answered as if the field were missing" in text and "answered as if the field were missing" in page
+    assert counts_table({"rows": 9}).note == "" and counts_table({"rows": 9}).columns == ["Rows"]
+
+
+@pytest.mark.parametrize("least", [30, None])
+def test_other_is_explained_where_it_is_shown(least):
+    few = "fewer than 30" if least else "too few"
+    said = f"Values with {few} people are together as “Other”, with the unknown."
+    panel = {"question": "q", "truth": [1.0], "predicted": [1.0], "marginal": None}
+    for other in ("Other", "Bosk"):
+        groups = [{"group": name, "n": 90, "people": 40, "told_apart": 1.0} for name in ("Arvenia", other)]
+        topology = {"groups": groups, "fields": ["country"], "mutual_information_mean": {}, "dead_experts": {}}
+        tables = [
+            *group_tables({"country": groups}, "people", least),
+            inequity_table({"country": {"worst": other, "worst_value": 0.1}}, least),
+            stereotyping_table("Stereotyping by group", {"Arvenia": {}, other: {}}, least),
+            distribution_table([panel | entry for entry in groups], least),
+            topology_tables(topology, least)[0],
+        ]
+        assert [said in table.note for table in tables] == [other == "Other"] * len(tables)
+
+
+def test_data_of_countries_has_profiles_and_no_people(tmp_path, example):
+    counts = {"rows": 12, "cells": 12, "answers": 0, "people": 0, "profiles": 4, "questions": 3, "bad_rows": {}}
+    groups = {"country": [{"group": name, "n": 3, "emd": {"value": 0.1}} for name in ("Arvenia", "Other")]}
+    split = {"counts": counts, "groups": groups, "metrics": {}}
+    topology = example.evaluation()["topology"] | {"unit": "profiles", "reference": None}
+    evaluation = {"version": 1, "model": {"name": "base"}, "min_group_size": 30, "splits": {"test": split}}
+    folder = write_report(evaluation | {"topology": topology}, tmp_path / "out")
+    text, page = (folder / "tables.md").read_text(), (folder / "report.html").read_text()
+    assert "| Rows | Cells | Answers | Profiles | Questions |" in text
+    assert "| none | 0 of 12 |" in text and "| Country | n | EMD ↓ |" in text
+    assert "| Group | Profiles | Told apart |" in text and "What routing tells of profiles" in page
+    # All that is left is where the intervals come from, and "Other" is a country's name.
+    told = "people and questions, or countries and questions"
+    assert not re.search("(?i)people", (text + unescape(page)).replace(told, "")) and "fewer than" not in text
+    # Answers that were drawn from such shares are nobody's either.
+    drawn = {"rows": 400, "answers": 400, "answers without a person": 400, "people": 1, "profiles": 1}
+    assert "People" not in counts_table(drawn).columns
+    assert "People" in counts_table(drawn | {"answers without a person": 399}).columns
+    (table,) = group_tables({"country": [{"group": "Arvenia", "n": 400, "people": 1}]}, "profiles")
+    assert table.columns == ["Country", "Profiles", "n"]
+
+
+def test_bad_rows_are_summed_up():
+    assert bad_rows_table({"why": 2, "other": 3}, 50).rows == [["why", "2"], ["other", "3"], ["in total", "5 of 50"]]
+
+
 def test_names_are_text_and_never_markup(report, example):
     page = (report / "report.html").read_text()
     assert "<script" not in page and "<b>" not in page
@@ -185,7 +257,7 @@ def test_a_judge_that_gave_up_has_no_rate_and_says_why(tmp_path, example):
 
 def test_a_field_without_information_says_why(report):
     text = (report / "tables.md").read_text()
-    assert "| planet | n/a | n/a | n/a | all people are in one group |" in text
+    assert "| planet | n/a | n/a | n/a | all are in one group |" in text
     page = (report / "report.html").read_text()
     (alt,) = re.findall(r'topology-information".*?alt="([^"]+)"', page)
     assert "by 3 fields" in alt  # it is in no figure

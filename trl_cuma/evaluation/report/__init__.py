@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from . import figures, tables
+from .answers import answers_tables
 from .maps import topology_drawings
 from .output import check_output_dir, write_folder
 from .page import Section, render_page
-from .text import clean, number
+from .text import clean, number, people_known
 
 __all__ = ["VERSION", "check_output_dir", "plain", "write_report"]
 
 VERSION = 1
+
+TOPOLOGY = "Topology: which experts serve whom"
 
 OWN_CHOICES = (
     "Held-out people were shown several answers and chose one. Does the model, given the prompt and what it is told "
@@ -39,8 +42,8 @@ def write_report(
     The same evaluation gives the same files.
 
     Args:
-        evaluation (`Mapping`): `version`, `model` and `splits`, and where known `generation`, `topology` and
-            `training`. What is not a number becomes `null`.
+        evaluation (`Mapping`): `version`, `model` and `splits`, and where known `min_group_size`, `generation`,
+            `topology` (or `topology_note`, why there is none) and `training`. What is not a number becomes `null`.
         output_dir (`str` or `PathLike`): A folder that is not there yet, or is empty.
         cells (`Mapping[str, np.ndarray]`, *optional*): Numbers per cell, for `cells.npz`, which `trl-cuma compare`
             reads.
@@ -89,49 +92,53 @@ def plain(value: Any) -> Any:
 
 
 def _sections(evaluation: Mapping[str, Any]) -> list[Section]:
-    splits = evaluation["splits"]
+    splits, least = evaluation["splits"], evaluation.get("min_group_size")
     generation = evaluation.get("generation") or {}
     own = generation.get("own_choices") or {}
     summaries = [tables.summary_table(splits)] if splits else []
     summaries += [tables.own_choices_summary(own)] if own else []
     sections = [Section("Summary", summaries)] if summaries else []
-    sections += [_split_section(name, split) for name, split in splits.items()]
+    sections += [_split_section(name, split, least) for name, split in splits.items()]
     if own:
         shown = [table for name, entry in own.items() for table in tables.own_choices_tables(name, entry)]
         sections.append(Section("People's own choices", shown, text=OWN_CHOICES))
     sections += [_answers_section(name, entry) for name, entry in (generation.get("answers") or {}).items()]
     if evaluation.get("topology"):
         topology = evaluation["topology"]
-        groups, *others = tables.topology_tables(topology)
-        sections.append(Section("Topology: which experts serve whom", others, topology_drawings(topology), [groups]))
+        groups, *others = tables.topology_tables(topology, least)
+        sections.append(Section(TOPOLOGY, others, topology_drawings(topology), [groups]))
+    elif note := evaluation.get("topology_note"):
+        sections.append(Section(TOPOLOGY, text=f"There is none. {clean(note)}"))
     log = (evaluation.get("training") or {}).get("log_history")
     if log and (drawing := figures.training("training", log)):
         sections.append(Section("Training", drawings=[drawing]))
     return sections
 
 
-def _split_section(name: str, split: Mapping[str, Any]) -> Section:
+def _split_section(name: str, split: Mapping[str, Any], least: int | None) -> Section:
     shown, drawings, details = [], [], []
     counts = split.get("counts") or {}
+    unit = "people" if people_known(counts) else "profiles"
+    least = 0 if counts.get("answers") == 0 else least
     if counts:
         shown.append(tables.counts_table(counts))
         shown.append(tables.bad_rows_table(counts.get("bad_rows") or {}, counts.get("rows")))
     if split.get("metrics"):
         shown.append(tables.metrics_table(split["metrics"]))
     if split.get("inequity"):
-        shown.append(tables.inequity_table(split["inequity"]))
+        shown.append(tables.inequity_table(split["inequity"], least))
     if split.get("stereotyping"):
         found = split["stereotyping"]
         named = {"all questions": found.get("all"), "consensus questions": found.get("consensus")}
         shown.append(tables.stereotyping_table("Stereotyping", named))
         if found.get("groups"):
-            details.append(tables.stereotyping_table("Stereotyping by group", found["groups"]))
-    details += tables.group_tables(split.get("groups") or {})
+            details.append(tables.stereotyping_table("Stereotyping by group", found["groups"], least))
+    details += tables.group_tables(split.get("groups") or {}, unit, least)
     if panels := split.get("distributions"):
         drawings.append(figures.distributions("distributions", panels))
-        details.append(tables.distribution_table(panels))
+        details.append(tables.distribution_table(panels, least))
     if (split.get("collapse") or {}).get("true_entropy"):
-        drawings.append(figures.collapse("collapse", split["collapse"]))
+        drawings.append(figures.collapse("collapse", split["collapse"], split.get("cells")))
     if (split.get("calibration") or {}).get("bins"):
         drawings.append(figures.calibration("calibration", split["calibration"]))
     return Section(f"Split: {clean(name)}", shown, drawings, details)
@@ -153,7 +160,7 @@ def _answers_section(split: str, entry: Mapping[str, Any]) -> Section:
         )
     if entry.get("note"):
         text += f" The judge gave up: {clean(entry['note'])}"
-    return Section(f"Answers: {clean(split)}", tables.answers_tables(entry), text=text)
+    return Section(f"Answers: {clean(split)}", answers_tables(entry), text=text)
 
 
 def _title(model: Mapping[str, Any]) -> str:

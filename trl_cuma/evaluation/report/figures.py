@@ -76,7 +76,7 @@ def distributions(name: str, panels: Sequence[Mapping[str, Any]]) -> Drawing:
     return Drawing(name, "Distributions of answers", caption, alt, wide, narrow, full=True)
 
 
-def collapse(name: str, points: Mapping[str, Sequence[float]]) -> Drawing:
+def collapse(name: str, points: Mapping[str, Sequence[float]], cells: Mapping[str, Any] | None = None) -> Drawing:
     """
     Predicted against true entropy of each cell, with the training marginal's.
 
@@ -84,6 +84,8 @@ def collapse(name: str, points: Mapping[str, Sequence[float]]) -> Drawing:
         name (`str`): The drawing's name.
         points (`Mapping`): `predicted_entropy`, `true_entropy` and `marginal_entropy`, one number per cell, nats; the
             last may be `None`.
+        cells (`Mapping`, *optional*): What a cell is: `by`, what it is of beside its question, and `min_people`,
+            where it holds the answers of so many, or `None`, where its truth is known.
     """
     predicted, true = (np.asarray(points[f"{key}_entropy"], dtype=float) for key in ("predicted", "true"))
     marginal = np.asarray(points["marginal_entropy"] or np.full(len(true), np.nan), dtype=float)
@@ -103,7 +105,7 @@ def collapse(name: str, points: Mapping[str, Sequence[float]]) -> Drawing:
     wide, narrow = draw(paint, lambda wide: 4.6 if wide else 3.7, full=False)
     means = f"{number(true.mean())} true, {number(predicted.mean())} predicted, {number(marginal.mean())} marginal"
     caption = (
-        "One point per question and profile. On the diagonal: as certain as the group is of one mind. "
+        f"One point per {_cell(cells)}. On the diagonal: as certain as the group is of one mind. "
         + ("On the crosses: collapsed to how everybody answers. " if points["marginal_entropy"] else "")
         + f"Below the diagonal: over-confident. Mean entropy in nats: {means}."
         + (f" {len(shown):,} of {len(true):,} cells are drawn." if len(shown) < len(true) else "")
@@ -138,8 +140,8 @@ def calibration(name: str, reliability: Mapping[str, Any]) -> Drawing:
     wide, narrow = draw(paint, lambda wide: 4.6 if wide else 3.9, full=False)
     ece = number(reliability.get("ece"))
     caption = (
-        "Options binned by their predicted probability. On the diagonal: an option predicted with 30 % is given by "
-        f"30 % of the people. Expected calibration error: {ece}. Below, how the options fall on the bins."
+        "Options binned by their predicted probability. On the diagonal: an option predicted with 30 % has 30 % of "
+        f"the answers. Expected calibration error: {ece}. Below, how the options fall on the bins."
     )
     pairs = ", ".join(f"{p:.2f} predicted and {o:.2f} observed" for p, o in zip(predicted, observed, strict=True))
     alt = f"Reliability diagram, expected calibration error {ece}. By bin: {pairs}."
@@ -180,6 +182,16 @@ def training(name: str, log_history: Sequence[Mapping[str, Any]]) -> Drawing | N
     )
     said = said[0].upper() + said[1:]
     return Drawing(name, "Loss", f"By step of the training. {said}.", f"Loss by step. {said}.", wide, narrow)
+
+
+def _cell(cells: Mapping[str, Any] | None) -> str:
+    if not cells:
+        return "cell"
+    by = clean(cells["by"])
+    if cells["min_people"] is None:
+        return f"question and {by}"
+    who = "all people" if by == "profile" else f"the people of one {by}"
+    return f"question and group: {who} who answered it, {number(cells['min_people'])} or more"
 
 
 _BIN = ("mean_predicted", "observed", "n")

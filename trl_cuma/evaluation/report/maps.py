@@ -90,8 +90,8 @@ def _group_map(topology: Mapping[str, Any]) -> Drawing:
     wide, narrow = draw(paint, lambda wide: (6.4 if full else 4.2) if wide else 3.8, full=full)
     caption = (
         "The groups in the plane: the nearer, the more alike they are routed (classical scaling of the distances). "
-        f"The plane shows {percent(topology['map_share'])} of the squared distances. Larger points: more people. "
-        "Names without room are left out."
+        f"The plane shows {percent(topology['map_share'])} of the squared distances. Larger points: more "
+        f"{topology.get('unit', 'people')}. Names without room are left out."
     )
     ends = [f"from {names[points[:, axis].argmin()]} to {names[points[:, axis].argmax()]}" for axis in (0, 1)]
     alt = f"Map of {len(names)} groups: left to right {ends[0]}, bottom to top {ends[1]}."
@@ -138,6 +138,7 @@ def _expert_load(topology: Mapping[str, Any]) -> Drawing:
 
 
 def _information(topology: Mapping[str, Any]) -> Drawing:
+    unit = topology.get("unit", "people")
     found = {field: entries for field, entries in topology["mutual_information"].items() if entries}
     routers = [clean(name) for name in topology["routers"]]
     values = np.array([[entry["value"] for entry in entries] for entries in found.values()]).T  # (routers, fields)
@@ -159,11 +160,11 @@ def _information(topology: Mapping[str, Any]) -> Drawing:
         for field in sorted(found, key=lambda field: -means[field]["value"])
     )
     caption = (
-        "What an expert tells of a person's field: mutual information, less what a random assignment of the people "
-        f"gives. Mean over routers, in nats: {said}."
+        f"What an expert tells of a field: mutual information, less what a random assignment of the {unit} gives. "
+        f"Mean over routers, in nats: {said}."
     )
     alt = f"Heat map of mutual information, {len(routers)} routers by {len(found)} fields. Means in nats: {said}."
-    return Drawing("topology-information", "What routing tells of people", caption, alt, wide, narrow)
+    return Drawing("topology-information", f"What routing tells of {unit}", caption, alt, wide, narrow)
 
 
 def _reference(reference: Mapping[str, Any]) -> Drawing:

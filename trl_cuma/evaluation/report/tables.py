@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .text import HEADLINE, METRICS, MISSING, clean, estimate, metric_of, number, percent
+from .text import HEADLINE, METRICS, MISSING, clean, estimate, metric_of, number, other_note, people_known, percent
 
 INTERVALS = "In brackets: 95 % intervals."
 
@@ -74,9 +74,20 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def counts_table(counts: Mapping[str, Any]) -> Table:
-    """What the split holds."""
-    names = [name for name in counts if name != "bad_rows"]
-    return Table("Data", [name.capitalize() for name in names], [[number(counts[name]) for name in names]])
+    """What the split holds; no number of people where nobody is known."""
+    hidden = ("bad_rows", "unknown_values") if people_known(counts) else ("bad_rows", "unknown_values", "people")
+    names = [name for name in counts if name not in hidden]
+    columns, row = [name.capitalize() for name in names], [number(counts[name]) for name in names]
+    unknown = counts.get("unknown_values")
+    if not unknown:
+        return Table("Data", columns, [row])
+    said = ", ".join(f"{clean(field)} {profiles:,}" for field, profiles in unknown.items())
+    note = (
+        "Values unknown to the encoder: of a field, how many profiles have one that it never saw in training. They "
+        "are answered as if the field were missing."
+    )
+    texts = frozenset({len(columns)})
+    return Table("Data", [*columns, "Values unknown to the encoder"], [[*row, said]], texts, note)
 
 
 def bad_rows_table(bad_rows: Mapping[str, int], rows: int | None) -> Table:
@@ -84,26 +95,31 @@ def bad_rows_table(bad_rows: Mapping[str, int], rows: int | None) -> Table:
     total = sum(bad_rows.values())
     of = f" of {rows:,}" if rows else ""
     body = [[clean(reason), number(count)] for reason, count in bad_rows.items()]
-    return Table("Rows left out", ["Reason", "Rows"], [*body, ["all", f"{total:,}{of}"]])
+    return Table("Rows left out", ["Reason", "Rows"], [*body, ["in total" if body else "none", f"{total:,}{of}"]])
 
 
-def group_tables(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
-    """For each field, its groups, the worst first where they have an accuracy."""
+def group_tables(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], unit: str = "people", min_people: int | None = None
+) -> list[Table]:
+    """For each field, its groups, the worst first where they have an accuracy; `unit`: what they are groups of."""
     tables = []
     for field, entries in groups.items():
         keys = [key for key in ("accuracy", "emd") if any(key in entry for entry in entries)]
+        sizes = [key for key in ("people", "n") if not entries or any(key in entry for entry in entries)]
         rows = [
-            [clean(entry["group"]), number(entry.get("people")), number(entry.get("n"))]
+            [clean(entry["group"]), *(number(entry.get(size)) for size in sizes)]
             + [estimate(entry.get(key), metric_of(key).digits) for key in keys]
             for entry in entries
         ]
         rows = rows or [["no group is large enough to be shown", MISSING, MISSING]]
-        columns = [clean(field).capitalize(), "People", "n", *map(heading, keys)]
-        tables.append(Table(f"By {clean(field)}", columns, rows, note=INTERVALS))
+        titles = [unit.capitalize() if size == "people" else size for size in sizes]
+        columns = [clean(field).capitalize(), *titles, *map(heading, keys)]
+        note = other_note([entry["group"] for entry in entries], min_people)
+        tables.append(Table(f"By {clean(field)}", columns, rows, note=INTERVALS + note))
     return tables
 
 
-def inequity_table(inequity: Mapping[str, Mapping[str, Any]]) -> Table:
+def inequity_table(inequity: Mapping[str, Mapping[str, Any]], min_people: int | None = None) -> Table:
     """How unequal the groups' accuracies are, for each field and for two fields together."""
     rows = []
     for field, entry in inequity.items():
@@ -114,13 +130,15 @@ def inequity_table(inequity: Mapping[str, Mapping[str, Any]]) -> Table:
     note = (
         "σ: standard deviation of the groups' accuracies, without what sampling alone would give; 0 is equal. Raw: "
         "with it. Groups under the minimum size are not named."
-    )
+    ) + other_note([entry.get("worst") for entry in inequity.values()], min_people)
     return Table(
         "Inequity", ["Field", "σ ↓", "σ, raw", "Groups", "Worst group", "Note"], rows, frozenset({4, 5}), note
     )
 
 
-def stereotyping_table(title: str, entries: Mapping[str, Mapping[str, Any] | None]) -> Table:
+def stereotyping_table(
+    title: str, entries: Mapping[str, Mapping[str, Any] | None], min_people: int | None = None
+) -> Table:
     """Differences between profiles and within a profile, predicted against true; one row per set of cells."""
     rows = []
     for name, entry in entries.items():
@@ -131,31 +149,32 @@ def stereotyping_table(title: str, entries: Mapping[str, Mapping[str, Any] | Non
     note = (
         "A spread ratio above 1 exaggerates the differences between profiles; an entropy ratio below 1 flattens those "
         "within a profile. Between: how much profiles change the answer, predicted and true. On consensus questions "
-        f"the truth has no differences to speak of. {INTERVALS}"
+        f"the truth has no differences to speak of. {INTERVALS}{other_note(entries, min_people)}"
     )
     return Table(title, columns, rows, note=note)
 
 
-def topology_tables(topology: Mapping[str, Any]) -> list[Table]:
+def topology_tables(topology: Mapping[str, Any], min_people: int | None = None) -> list[Table]:
     """Groups, what routing tells of the fields, experts without work, and the reference map."""
+    unit = topology.get("unit", "people")
     groups = [
         [clean(entry["group"]), number(entry["people"]), percent(entry["told_apart"])] for entry in topology["groups"]
     ]
     note = (
-        "Told apart: share of a group's people whose profile's vector nobody of another group has. At 0 % the routers "
-        "can't know the group."
-    )
+        f"Told apart: share of a group's {unit} whose vector no other group has. At 0 % the routers can't know the "
+        "group."
+    ) + other_note([entry["group"] for entry in topology["groups"]], min_people if unit == "people" else 1)
     fields = " × ".join(clean(field) for field in topology["fields"])
-    tables = [Table(f"Groups by {fields}", ["Group", "People", "Told apart"], groups, note=note)]
+    tables = [Table(f"Groups by {fields}", ["Group", unit.capitalize(), "Told apart"], groups, note=note)]
     means = topology["mutual_information_mean"]
     keys = ("value", "expected_under_null", "p")
     rows = [
         [clean(field), *(number(found.get(key)) for key in keys), clean(found.get("note") or "")]
         for field, found in means.items()
     ]
-    note = "In nats, mean over routers. By chance: what a random assignment of the people gives; it is subtracted."
+    note = f"In nats, mean over routers. By chance: what a random assignment of the {unit} gives; it is subtracted."
     columns = ["Field", "Above chance", "By chance", "p", "Note"]
-    tables.append(Table("What routing tells of people", columns, rows, frozenset({4}), note).without_empty())
+    tables.append(Table(f"What routing tells of {unit}", columns, rows, frozenset({4}), note).without_empty())
     dead = {router: experts for router, experts in topology["dead_experts"].items() if experts}
     rows = [[clean(router), ", ".join(str(expert + 1) for expert in experts)] for router, experts in dead.items()]
     rows = rows or [["none", ""]]
@@ -171,7 +190,7 @@ def topology_tables(topology: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def distribution_table(panels: Sequence[Mapping[str, Any]]) -> Table:
+def distribution_table(panels: Sequence[Mapping[str, Any]], min_people: int | None = None) -> Table:
     """The numbers behind the figure of the distributions."""
     rows = []
     for panel in panels:
@@ -183,7 +202,8 @@ def distribution_table(panels: Sequence[Mapping[str, Any]]) -> Table:
             ]
             rows.append([clean(panel["group"]), clean(panel["question"]), f"{place + 1}: {clean(option)}", *shares])
     columns = ["Group", "Question", "Option", "Truth", "Prediction", "Training marginal"]
-    return Table("The figure's numbers", columns, rows, frozenset({1, 2}))
+    note = other_note([panel["group"] for panel in panels], min_people).strip()
+    return Table("The figure's numbers", columns, rows, frozenset({1, 2}), note)
 
 
 def own_choices_summary(splits: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -220,110 +240,6 @@ def own_choices_tables(split: str, entry: Mapping[str, Any]) -> list[Table]:
         counts_table(counts),
         bad_rows_table(counts.get("bad_rows") or {}, counts.get("rows")),
     ]
-
-
-def answers_tables(entry: Mapping[str, Any]) -> list[Table]:
-    """The answers of two models, the judge's verdicts and what they are worth, and variety between profiles."""
-    models = {
-        f"{which}: {clean(entry[key].get('adapter') or entry[key]['name'])}": entry[key]
-        for key, which in (("model", "This model"), ("other", "The other"))
-        if entry.get(key)
-    }
-    tables = []
-    if entry.get("win_rate"):
-        tables += [_win_rate_table(entry["win_rate"])]
-        if entry.get("agreement"):
-            tables.append(_agreement_table(entry["agreement"]))
-        asked = {"the answers of both": entry["win_rate"], "what people chose": entry.get("agreement")}
-        tables.append(_verdicts_table({name: found["counts"] for name, found in asked.items() if found}))
-    keys = ("rows", "answers", "mean_tokens", "cut_off", "empty")
-    rows = [
-        [f"{name}{purpose}", *(number(counts[key], 1) for key in keys)]
-        for name, model in models.items()
-        for purpose, counts in (("", model.get("answers")), (", several profiles", model.get("spread_answers")))
-        if counts
-    ]
-    if rows:
-        note = "Cut off: by the limit on new tokens, rather than ended by the model."
-        columns = ["Model", "Rows", "Answers", "Mean tokens", "Cut off", "Empty"]
-        tables.append(Table("Answers written", columns, rows, note=note))
-    rows = []
-    for name, model in models.items():
-        found = model["diversity"]
-        rows.append([name, estimate(found), number(found["n"]), clean(found.get("note") or "")])
-    note = (
-        "Different word pairs in the answers to a prompt for different profiles, over those in as many answers for "
-        "one profile. 1: profiles change no more than drawing again does. Higher is more variety, not better "
-        f"answers. n: prompts. {INTERVALS}"
-    )
-    columns = ["Model", "Between over within", "n", "Note"]
-    return [*tables, Table("Variety between profiles", columns, rows, frozenset({3}), note).without_empty()]
-
-
-def _win_rate_table(found: Mapping[str, Any]) -> Table:
-    length = found["length"]
-    effect = found["length_controlled"].get("length_effect")
-    about = {
-        "win_rate": ("Win-rate ↑, a tie is half a win", "Wilson's interval: as if the rows were independent"),
-        "win_rate_decided": ("Without the ties ↑", "Wilson's interval"),
-        "win_rate_resampled": (
-            "Win-rate ↑, resampled",
-            "prompts and profiles resampled, where several rows share them",
-        ),
-        "length_controlled": (
-            "At equal length ↑",
-            f"what a logistic regression expects where both answers are equally long; its effect of length is "
-            f"{number(effect, 2)}",
-        ),
-    }
-    rows = []
-    for name, (title, meaning) in about.items():
-        entry = found[name]
-        said = "; ".join(filter(None, [clean(entry.get("note") or ""), meaning]))
-        rows.append([title, estimate(entry), number(entry["n"]), clean(entry["unit"]), said])
-    note = f"By the judge, 0.5 is as good as the other. {INTERVALS}"
-    if length["mean"] is not None:
-        note += (
-            f" Characters of an answer: {length['mean']:,.0f}, of the other's {length['mean_other']:,.0f}; the longer "
-            f"one in {percent(length['longer'])} of the rows."
-        )
-    return Table("Win-rate", ["Measure", "Value", "n", "Unit", "About"], rows, frozenset({3, 4}), note)
-
-
-def _agreement_table(found: Mapping[str, Any]) -> Table:
-    titles = {
-        "agreement": "The judge ↑, a tie is half a hit",
-        "agreement_decided": "The judge ↑, without ties",
-        "longer": "The rule “the longer answer”",
-        "people": "Another person, where one chose as well",
-        "agreement_shared": "The judge ↑, on these rows",
-    }
-    rows = [
-        [title, estimate(found[name]), number(found[name]["n"]), clean(found[name].get("note") or "")]
-        for name, title in titles.items()
-    ]
-    rows.insert(2, ["Chance", number(found["chance"]), "", ""])
-    note = (
-        "How often the judge, told a person's profile, prefers what this person chose: a judge near chance, or no "
-        f"better than the rule of length, says little of the win-rate. n: independent people or prompts. {INTERVALS}"
-    )
-    table = Table("Does the judge agree with people?", ["Who", "Agreement", "n", "Note"], rows, frozenset({3}), note)
-    return table.without_empty()
-
-
-def _verdicts_table(counts: Mapping[str, Mapping[str, Any]]) -> Table:
-    keys = ("rows", "wins", "losses", "ties", "order_disagreements", "unscored", "requests", "cached_verdicts")
-    rows = []
-    for name, entry in counts.items():
-        failures = ", ".join(f"{clean(kind)} {count:,}" for kind, count in entry["failures"].items())
-        rows.append([name, *(number(entry[key]) for key in keys), failures or "none"])
-    columns = ["Judged", "Rows", "Wins", "Losses", "Ties", "By the order", "Unscored", "Requests", "From the cache"]
-    note = (
-        "Each row is asked in both orders; where the two verdicts differ, it is a tie, by the order. A row is "
-        "unscored, and in no rate, where a request failed. A win over what a person rejected is a verdict for their "
-        "choice."
-    )
-    return Table("Verdicts", [*columns, "Failures"], rows, frozenset({9}), note)
 
 
 def heading(name: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
+
+from ...data.people import OTHER
 
 
 class Metric(NamedTuple):
@@ -19,7 +21,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "accuracy": Metric("Accuracy", "higher", "how often the most probable option is the person's answer"),
+    "accuracy": Metric("Accuracy", "higher", "how often the most probable option is the answer given"),
     "macro_f1_question": Metric("Macro-F1, per question", "higher", "F1 averaged over a question's options"),
     "macro_f1_pooled": Metric("Macro-F1, pooled", "higher", "F1 averaged over option letters, questions pooled"),
     "country_macro_accuracy": Metric("Country macro-accuracy", "higher", "accuracy averaged over countries"),
@@ -79,6 +81,24 @@ def estimate(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
     value = number(float(entry["value"]), digits)
     low, high = (number(entry.get(end), digits) for end in ("low", "high"))
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
+
+
+def people_known(counts: Mapping[str, Any]) -> bool:
+    """Whether it is known of any answer whose it is; published shares, and answers drawn from them, are nobody's."""
+    return "answers" not in counts or counts["answers"] > counts.get("answers without a person", 0)
+
+
+def other_note(groups: Container[str], min_people: int | None) -> str:
+    """
+    What the group "Other" is, where it is among those shown. `min_people`: as in the document, if it says so; 0 where
+    nobody is asked, so that "Other" is a value like any.
+    """
+    if OTHER not in groups or min_people == 0:
+        return ""
+    if min_people == 1:
+        return f" “{OTHER}”: those whose value is unknown."
+    few = "too few" if min_people is None else f"fewer than {min_people:,}"
+    return f" Values with {few} people are together as “{OTHER}”, with the unknown."
 
 
 def clean(text: Any) -> str:
