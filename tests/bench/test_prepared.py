@@ -19,6 +19,7 @@ from trl_cuma.bench.runner import Runner, SFTRun
 from trl_cuma.bench.training import run_sft
 from trl_cuma.cli import main
 from trl_cuma.data import PromptFormat, SplitOptions, convert_worldvaluesbench
+from trl_cuma.demographics import FieldEncoder
 from trl_cuma.evaluation.cell_scores import Scores
 from trl_cuma.testing import chat_tokenizer, tiny_model
 from trl_cuma.testing_surveys import write_worldvaluesbench
@@ -126,6 +127,30 @@ def test_an_arm_that_cannot_be_matched_is_refused_before_anything_trains(prepare
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="'lora-prompt' can't have CuMA's"):
         PreparedWorld(read_suite(path), 0, tmp_path / "world").prepare()
+
+
+def test_a_folder_that_a_new_arm_reads_is_checked_on_first_use(prepared, tmp_path):
+    path = suite_of(prepared, tmp_path, prompt_path=str(prepared / "plain"))
+    world = PreparedWorld(read_suite(path, arms=["cuma_shuffled"]), 0, tmp_path / "world")
+    world.prepare()
+    later = PreparedWorld(read_suite(path), 0, tmp_path / "world")
+    later.prepare()
+    with pytest.raises(ValueError, match="`data.prompt_path` .*don't state the profile"):
+        later.sft_rows(True, False, 2)
+
+
+def test_the_encoder_of_a_new_arm_is_added_to_a_prepared_world(prepared, tmp_path, monkeypatch):
+    path = suite_of(prepared, tmp_path)
+    PreparedWorld(read_suite(path), 0, tmp_path / "worlds/0").prepare()
+    before = (tmp_path / "worlds/0/world.json").stat().st_mtime_ns
+    content = yaml.safe_load(path.read_text())
+    content |= {"arms": [{"method": "cuma", "encoder": "text"}], "compare": [], "text_encoder": "none is loaded"}
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(PreparedWorld, "_new_encoder", lambda self, kind: FieldEncoder(min_count=2))
+    suite_runner = Runner(read_suite(path), tmp_path)
+    suite_runner._prepare([0])
+    assert suite_runner.world(0).encoder("text").is_fitted
+    assert (tmp_path / "worlds/0/world.json").stat().st_mtime_ns == before
 
 
 # ------------------------------------------------------------------------------------------------ rows

@@ -2,12 +2,14 @@
 """A toy suite from its YAML to its tables: equal terms, nothing done twice, nothing mixed up."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import load_from_disk
 
 from trl_cuma.bench import read_suite
 from trl_cuma.bench import runner as runner_module
@@ -108,6 +110,25 @@ def test_one_more_world_is_one_more_run_for_each_arm(finished, monkeypatch):
     assert [run.folder for run in asked] == ["worlds/2"]
 
 
+def test_what_a_new_arm_needs_of_a_finished_world_is_added(finished, tmp_path):
+    suite, out = finished
+    shutil.copytree(out / "worlds/0", tmp_path / "worlds/0")
+    shutil.rmtree(tmp_path / "worlds/0/rows-prompt")  # as if no arm had read it
+    (tmp_path / "worlds/0/encoder-field.json").unlink()
+    model = tmp_path / "worlds/0/model/model.safetensors"
+    before = model.stat().st_mtime_ns
+    runner = Runner(read_suite(suite), tmp_path)
+    runner._prepare([0])
+    added, there = (load_from_disk(str(folder / "worlds/0/rows-prompt")) for folder in (tmp_path, out))
+    assert added.to_list() == there.to_list() and added.column_names == there.column_names
+    encoders = [json.loads((folder / "worlds/0/encoder-field.json").read_text()) for folder in (tmp_path, out)]
+    assert encoders[0] == encoders[1]
+    assert model.stat().st_mtime_ns == before  # the base model that other arms were trained on
+    assert {path.name for path in (tmp_path / "worlds/0").iterdir()} == {
+        path.name for path in (out / "worlds/0").iterdir()
+    }
+
+
 def test_another_suite_is_refused(finished, tmp_path):
     suite, out = finished
     changed = tmp_path / "toy.yaml"
@@ -152,6 +173,7 @@ def test_shuffled_profiles_are_other_peoples_and_carry_no_information(finished):
 
 def test_a_new_world_is_checked_with_the_published_settings(finished, tmp_path, capsys):
     suite, out = finished
+    shutil.copytree(out / "worlds/9", tmp_path / "worlds/9")  # settings were chosen in it, and nothing published
     check = [
         "bench",
         str(suite),
@@ -162,7 +184,7 @@ def test_a_new_world_is_checked_with_the_published_settings(finished, tmp_path, 
         "--arms",
         "cuma",
     ]
-    assert main([*check, "--worlds", "5"]) == 0
+    assert main([*check, "--worlds", "9"]) == 0
     text = capsys.readouterr().out
     assert "of 6 inside" in text  # 3 splits × 2 budgets
     assert {path.parent.name for path in (tmp_path / "sft").rglob("*-4")} == {"cuma"}

@@ -3,6 +3,7 @@
 
 from .arms import METHODS, Arm, Reference
 from .runner import Runner
-from .suite import Suite, read_suite
+from .suite import Suite
+from .suite_file import read_suite
 
 __all__ = ["METHODS", "Arm", "Reference", "Runner", "Suite", "read_suite"]

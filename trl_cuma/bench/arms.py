@@ -9,8 +9,8 @@ module's smaller dimension, and where ranks are too coarse by the width of a rou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +19,12 @@ from peft import LoraConfig, PeftConfig, PromptEncoderConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from ..adapter import CuMAConfig
+from .fields import check_arguments, check_types
 
 TOLERANCE = 0.02
 MAX_FILLER = 512
 ENCODERS = ("field", "text", "text_uncentred")
+OF_THE_BENCH = ("task_type", "target_modules", "lora_alpha")  # fields of an adapter that the tuning or all arms share
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Arm:
     encoder: str = "field"
 
     def __post_init__(self) -> None:
+        check_types(self, "arms")
         if self.method not in METHODS:
             raise ValueError(f"An arm's `method` is {self.method!r}, expected one of {', '.join(METHODS)}.")
         matchings = ("none",) if self.of.peft in ("full", "p_tuning") else ("parameters", "rank")
@@ -123,6 +126,18 @@ class Arm:
         for key in ("config", "training"):
             if getattr(self, key) and self.of.peft != "cuma":
                 raise ValueError(f"Arm {self.method!r} has `{key}`, which belongs to the CuMA adapter.")
+        given = (*OF_THE_BENCH, "r", self.of.filler)  # the last two by what the arm is matched to
+        config = _adapter_fields(self.config, f"arms.{self.key}.config", given)
+        object.__setattr__(self, "config", config)
+        if self.training:
+            from trl import SFTConfig
+
+            from ..trainers.config import CuMASFTConfig
+
+            # What TRL has is the same for every arm.
+            own = {item.name for item in fields(CuMASFTConfig)} - {item.name for item in fields(SFTConfig)}
+            training = check_arguments(self.training, CuMASFTConfig, f"arms.{self.key}.training", known=sorted(own))
+            object.__setattr__(self, "training", training)
 
     @property
     def of(self) -> Method:
@@ -147,6 +162,14 @@ class Arm:
         return {**self.of.config, **self.config}
 
 
+def _adapter_fields(config: dict[str, Any], where: str, given: Container[str | None]) -> dict[str, Any]:
+    """Checked fields of `CuMAConfig`, but for those that are given to it otherwise."""
+    for name in config:
+        if name in given:
+            raise ValueError(f"`{where}` has {name!r}, which the benchmark sets. Leave it out.")
+    return check_arguments(config, CuMAConfig, where, known=[item.name for item in fields(CuMAConfig)])
+
+
 @dataclass(frozen=True)
 class Reference:
     """
@@ -159,6 +182,23 @@ class Reference:
 
     config: dict[str, Any]
     target_modules: list[str]
+
+    def __post_init__(self) -> None:
+        check_types(self, "reference")
+        config = _adapter_fields(self.config, "reference.config", OF_THE_BENCH)
+        object.__setattr__(self, "config", config)
+        if "r" not in config:
+            raise ValueError("`reference.config` lacks the key 'r', the rank of CuMA's experts.")
+        if not self.target_modules:
+            raise ValueError("`reference.target_modules` is empty.")
+
+    def check(self, arm: Arm) -> None:
+        """Raise `ValueError` if an arm's fields and these don't go together, whatever the base model is."""
+        if arm.of.peft in ("lora", "cuma"):
+            try:
+                self._maker(arm, 1.0)(self.config["r"], self.config.get("router_hidden"))
+            except ValueError as error:
+                raise ValueError(f"Arm {arm.key!r}: {error}") from None
 
     def adapter(
         self, arm: Arm, model: PreTrainedModel, dims: Mapping[str, int], alpha_ratio: float

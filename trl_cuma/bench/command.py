@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from .check import check, table
     from .runner import Runner
-    from .suite import read_suite
+    from .suite_file import read_suite
     from .summary import tables
 
     published = None if args.check is None else json.loads(args.check.read_text())

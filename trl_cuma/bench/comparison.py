@@ -39,22 +39,25 @@ class Comparison:
     The first arm's EMD over the second's.
 
     Args:
-        ratio (`float`), low (`float`), high (`float`): The ratio and its 95 % interval.
-        detectable (`float`): The ratio (below 1) that this many worlds, or clusters, find with 90 % power.
+        ratio (`float`), low (`float`, *optional*), high (`float`, *optional*): The ratio and its 95 % interval; none
+            of too few countries or questions.
+        detectable (`float`, *optional*): The ratio (below 1) that this many worlds, or clusters, find with 90 % power.
         sd (`float`, *optional*): Standard deviation of the log ratio between worlds.
         p (`float`, *optional*): Of the sign-flip test over worlds.
     """
 
-    ratio: float
-    low: float
-    high: float
-    detectable: float
+    ratio: float | None
+    low: float | None
+    high: float | None
+    detectable: float | None
     sd: float | None = None
     p: float | None = None
 
     @property
     def verdict(self) -> str:
         """In words; a claim needs the whole interval."""
+        if self.low is None or self.high is None:
+            return "n/a"
         if self.high <= 0.8:
             return "better by a fifth"
         if self.high < 1:
@@ -101,6 +104,9 @@ def compare_cells(
         results (`dict`): What it returned.
         first, second (`str`): Keys of the arms; `"marginal"` for the training marginal.
         budget (`int`), split (`str`): Which predictions.
+
+    Returns:
+        [`Comparison`]: Without an interval where there are fewer than five countries, or questions.
     """
     values, question, country = [], [], []
     for seed in runner.suite.worlds:
@@ -111,8 +117,8 @@ def compare_cells(
         country += [world.survey.profiles[index]["country"] for index in cells.profile]
     clusters = [np.array(question), np.array(country)]
     found = bootstrap_interval(np.concatenate(values), clusters, lambda a, b: np.log(a / b))
-    ratio = (float(np.exp(value)) for value in (found.value, found.low, found.high))
-    return Comparison(*ratio, detectable=float(np.exp(-detectable(found))))
+    ratio = (None if value is None else float(np.exp(value)) for value in (found.value, found.low, found.high))
+    return Comparison(*ratio, detectable=None if found.low is None else float(np.exp(-detectable(found))))
 
 
 def detectable(found: Estimate) -> float:

@@ -70,10 +70,9 @@ class PreparedWorld(World):
                 f"`data.path` {data.path}: {error} What is measured would have been trained on: split the data anew, "
                 "or say in `data.split_by` what it was split by."
             ) from None
-        self._check_wording(False)
+        self._check_wording(False, splits)
         if any(arm.prompt_profile for arm in self.suite.arms):
-            self._check_same_rows(splits, self._splits(True))
-            self._check_wording(True)
+            self._splits(True)
         marginal = training_marginal(read_rows(sample_rows(splits["train"], MARGINAL_ROWS, SAMPLE), **COLUMNS))
         (folder / "marginal.json").write_text(json.dumps({name: probs.tolist() for name, probs in marginal.items()}))
         return {"baselines": {}}  # the marginal's scores come with each arm's, of the same answers
@@ -84,7 +83,7 @@ class PreparedWorld(World):
         return ("data.prompt_path", data.prompt_path) if prompt_profile else ("data.path", data.path)
 
     def _splits(self, prompt_profile: bool) -> DatasetDict:
-        """Those that are used."""
+        """Those that are used; with the profile in the prompt, checked against those without it on first use."""
         if prompt_profile not in self._loaded:
             key, path = self._path(prompt_profile)
             found = load_data(ScriptArguments(dataset_name=path), DatasetMixtureConfig())
@@ -92,16 +91,20 @@ class PreparedWorld(World):
             absent = [name for name in names if name not in found]
             if absent:
                 raise ValueError(f"`{key}` {path} has no split {absent[0]!r}; it has {list(found)}.")
-            self._loaded[prompt_profile] = DatasetDict({name: found[name] for name in names})
+            splits = DatasetDict({name: found[name] for name in names})
+            if prompt_profile:
+                self._check_same_rows(self._splits(False), splits)
+                self._check_wording(True, splits)
+            self._loaded[prompt_profile] = splits
         return self._loaded[prompt_profile]
 
     @cached_property
     def _loaded(self) -> dict[bool, DatasetDict]:
         return {}
 
-    def _check_wording(self, prompt_profile: bool) -> None:
+    def _check_wording(self, prompt_profile: bool, splits: DatasetDict) -> None:
         key, path = self._path(prompt_profile)
-        states = Wording(self._splits(prompt_profile)[self.suite.data.splits[0]], **COLUMNS).prompt_profile
+        states = Wording(splits[self.suite.data.splits[0]], **COLUMNS).prompt_profile
         if states is (not prompt_profile):
             kind = "state" if states else "don't state"
             option = "system" if prompt_profile else "none"

@@ -18,16 +18,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .sources import PreparedData
 from .suite import Suite
-
-if TYPE_CHECKING:
-    from .world import World
+from .world import World, is_prepared, write_whole
 
 
 @dataclass(frozen=True)
@@ -229,14 +227,16 @@ class Runner:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the output folder, whole."""
-        temporary = self.output_dir / f".{name}-{os.getpid()}"
-        temporary.write_text(text)
-        temporary.rename(self.output_dir / name)
+        write_whole(self.output_dir / name, text)
+
+    def _is_done(self, run: SFTRun | DPORun | _Prepare) -> bool:
+        folder = self.output_dir / run.folder
+        return is_prepared(self.suite, folder) if isinstance(run, _Prepare) else folder.exists()
 
     def _all(self, runs: Iterable[Any], description: str) -> None:
         """Do what is not done yet, several at once; the first that fails stops the suite, the others' work is kept."""
         runs = list(dict.fromkeys(runs))
-        open_runs = [run for run in runs if not (self.output_dir / run.folder).exists()]
+        open_runs = [run for run in runs if not self._is_done(run)]
         bar = tqdm(total=len(runs), initial=len(runs) - len(open_runs), desc=description, unit="run")
         with bar:
             gpus, context = _gpus(), get_context("spawn")

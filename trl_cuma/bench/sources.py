@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
+
+from ..data.global_opinions import load_global_opinions
+from ..data.simulated import simulate_survey
+from .fields import check_arguments, check_least, check_lists, check_positive, check_types
 
 DTYPES = ("bfloat16", "float32")
 
@@ -31,11 +36,17 @@ class Data:
     validation_answers: int = 1000
 
     def __post_init__(self) -> None:
+        check_types(self, "data")
         if self.source not in ("simulated", "global_opinions"):
             sources = "'simulated', 'global_opinions' or 'prepared'"
             raise ValueError(f"`data.source` is {self.source!r}, expected {sources}.")
         if (self.path is None) != (self.source == "simulated"):
             raise ValueError("`data.path` names GlobalOpinionQA's file, and a simulated survey has none.")
+        check_least(self, "data", cells=1, validation_answers=1)
+        function = simulate_survey if self.source == "simulated" else load_global_opinions
+        known = [name for name in signature(function).parameters if name not in ("seed", "path")]
+        args = check_arguments(self.args, function, "data.args", known=known)
+        object.__setattr__(self, "args", args)
 
 
 @dataclass(frozen=True)
@@ -68,18 +79,12 @@ class PreparedData:
     validation_answers: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("splits", "split_by"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"`data.{name}` is {getattr(self, name)!r}, expected a list.")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.splits or len(set(self.splits)) < len(self.splits):
-            raise ValueError(f"`data.splits` is {list(self.splits)}, expected one or more different splits.")
+        check_types(self, "data")
+        check_lists(self, "data", "splits")
+        check_least(self, "data", answers=1, validation_answers=1)
         for name in ("train", self.validation_split):
             if name in self.splits:
                 raise ValueError(f"`data.splits` names {name!r}, which arms are trained or chosen on. Leave it out.")
-        for name in ("answers", "validation_answers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`data.{name}` is {getattr(self, name)}, expected 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ class Base:
     steps: int = 400
     batch_size: int = 64
     learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        check_types(self, "base")
+        check_least(self, "base", steps=1, batch_size=1)
+        check_positive(self, "base", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ class GivenBase:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "base")
         if self.dtype not in DTYPES:
             raise ValueError(f"`base.dtype` is {self.dtype!r}, expected one of {DTYPES}.")
 

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import yaml
+from dataclasses import dataclass, field, fields
 
 from .arms import Arm, Reference
-from .sources import Base, Data, GivenBase, PreparedData, base_of, data_of
+from .fields import check_least, check_lists, check_positive, check_types, nearest
+from .sources import Base, Data, GivenBase, PreparedData
 
 MARGINAL = "marginal"  # in `compare`: the training marginal instead of an arm
 
@@ -40,7 +34,10 @@ class Training:
     warmup_steps: int = 20
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors))
+        check_types(self, "training")
+        check_least(self, "training", steps=1, batch_size=1, select_every=1, warmup_steps=0)
+        check_lists(self, "training", "factors")
+        check_positive(self, "training", "factors")
         if self.steps % self.select_every:
             raise ValueError(f"`steps` ({self.steps}) must be a multiple of `select_every` ({self.select_every}).")
 
@@ -61,10 +58,9 @@ class Tuning:
     alphas: tuple[float, ...] = (2.0,)
 
     def __post_init__(self) -> None:
-        for name in ("worlds", "learning_rates", "alphas"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` of a suite's tuning is empty.")
+        check_types(self, "tuning")
+        check_lists(self, "tuning", "worlds", "learning_rates", "alphas")
+        check_positive(self, "tuning", "learning_rates", "alphas")
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,10 @@ class Preferences:
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("arms", "learning_rates"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self, "dpo")
+        check_lists(self, "dpo", "arms", "learning_rates")
+        check_least(self, "dpo", steps=1, batch_size=1)
+        check_positive(self, "dpo", "learning_rates", "beta")
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,24 @@ class Suite:
     text_encoder: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "worlds", tuple(self.worlds))
+        check_types(self)
+        check_lists(self, "", "worlds")
+        if not self.arms:
+            raise ValueError("`arms` is empty.")
         keys = [arm.key for arm in self.arms]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise ValueError(f"Two arms are called {twice[0]!r}. Give them a `name`.")
-        for key in itertools.chain(*self.compare, self.dpo.arms if self.dpo else ()):
+        for pair in self.compare:
+            if len(pair) != 2 or pair[0] == pair[1]:
+                raise ValueError(f"`compare` holds {pair}, expected the keys of two different arms.")
+        for key in itertools.chain(*self.compare):
             if key != MARGINAL:
                 self.arm(key)
+        if self.dpo is not None:
+            self._check_dpo(self.dpo)
         for arm in self.arms:
+            self.reference.check(arm)
             if arm.encoder != "field" and self.text_encoder is None:
                 raise ValueError(f"Arm {arm.key!r} has `encoder: {arm.encoder}`, and the suite no `text_encoder`.")
         if isinstance(self.base, GivenBase):
@@ -140,6 +147,29 @@ class Suite:
             raise ValueError(
                 f"`base.path` names a base model, and `data.source: {self.data.source}` pretrains a tiny one in each "
                 "world. Give `base.model`."
+            )
+
+    def _check_dpo(self, dpo: Preferences) -> None:
+        from ..trainers.config import CuMADPOConfig
+
+        known = {item.name for item in fields(CuMADPOConfig)}
+        for key in dpo.arms:
+            arm = self.arm(key)
+            if arm.of.peft not in ("lora", "cuma"):
+                raise ValueError(
+                    f"`dpo.arms` names {key!r}, and DPO goes on from a LoRA's or CuMA's checkpoint, which "
+                    f"`method: {arm.method}` has not. Leave it out there."
+                )
+            for name in arm.training:
+                if name not in known:
+                    raise ValueError(
+                        f"`dpo.arms` names {key!r}, whose `training` has {name!r}, which DPO doesn't know. Leave it "
+                        "out there."
+                    )
+        if self.training.factors[0] != 1:
+            raise ValueError(
+                f"`training.factors` is {list(self.training.factors)}: with `dpo`, which goes on from the first "
+                "budget's checkpoint, and is tuned from runs of 1, the first must be 1."
             )
 
     def _check_base(self, base: GivenBase) -> None:
@@ -174,94 +204,4 @@ class Suite:
         for arm in self.arms:
             if arm.key == key:
                 return arm
-        raise ValueError(f"There is no arm {key!r}{_nearest(key, [arm.key for arm in self.arms])}.")
-
-
-_PARTS: dict[str, Callable[[Any], type]] = {
-    "data": data_of,
-    "base": base_of,
-    "training": lambda _: Training,
-    "tuning": lambda _: Tuning,
-    "reference": lambda _: Reference,
-    "dpo": lambda _: Preferences,
-}
-
-
-def read_suite(
-    path: str | os.PathLike[str],
-    *,
-    worlds: Sequence[int] | None = None,
-    arms: Sequence[str] | None = None,
-    data_path: str | None = None,
-) -> Suite:
-    """
-    Read a suite.
-
-    Args:
-        path (`str` or `PathLike`): The YAML file.
-        worlds (`Sequence[int]`, *optional*): Instead of the suite's `worlds`.
-        arms (`Sequence[str]`, *optional*): Keep only the arms with these keys, and the comparisons between them.
-        data_path (`str`, *optional*): Instead of the suite's `data.path`.
-
-    Raises:
-        `ValueError`: A key is unknown or missing, or a value out of its range; the message names file and key.
-    """
-    with open(path, encoding="utf-8") as file:
-        content = yaml.safe_load(file)
-    try:
-        if worlds is not None:
-            content = {**_mapping(content, "the suite"), "worlds": worlds}
-        if data_path is not None:
-            data = _mapping(_mapping(content, "the suite").get("data"), "data")
-            content = {**content, "data": {**data, "path": data_path}}
-        content = {
-            key: _build(_PARTS[key](value), value, key) if key in _PARTS and value is not None else value
-            for key, value in _mapping(content, "the suite").items()
-        }
-        content["arms"] = [_build(Arm, arm, "arms") for entry in content.get("arms", []) for arm in _product(entry)]
-        suite = _build(Suite, content, "the suite")
-        return suite if arms is None else _only(suite, arms)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _only(suite: Suite, keys: Sequence[str]) -> Suite:
-    for key in keys:
-        suite.arm(key)
-    dpo = None
-    if suite.dpo is not None and any(key in keys for key in suite.dpo.arms):
-        dpo = dataclasses.replace(suite.dpo, arms=tuple(key for key in suite.dpo.arms if key in keys))
-    return dataclasses.replace(
-        suite,
-        arms=[arm for arm in suite.arms if arm.key in keys],
-        compare=[pair for pair in suite.compare if set(pair) <= {*keys, MARGINAL}],
-        dpo=dpo,
-    )
-
-
-def _product(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    values = [value if isinstance(value, list) else [value] for value in _mapping(entry, "an arm").values()]
-    return [dict(zip(entry, chosen, strict=True)) for chosen in itertools.product(*values)]
-
-
-def _build(kind: type, content: Any, where: str) -> Any:
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    for key in _mapping(content, where):
-        if key not in fields:
-            raise ValueError(f"Unknown key {key!r} in {where}{_nearest(key, fields)}.")
-    for name, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in content:
-            raise ValueError(f"{where} lacks the key {name!r}.")
-    return kind(**content)
-
-
-def _mapping(content: Any, where: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping of keys, got {type(content).__name__}.")
-    return content
-
-
-def _nearest(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(known)}"
+        raise ValueError(f"There is no arm {key!r}{nearest(key, [arm.key for arm in self.arms])}.")

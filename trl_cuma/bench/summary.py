@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metrics.intervals import Estimate, t_interval
-from .comparison import by_world, compare_answers, compare_cells, compare_worlds, detectable
+from .comparison import Comparison, by_world, compare_answers, compare_cells, compare_worlds, detectable
 from .runner import Runner
 from .sources import PreparedData
-from .suite import Suite
+from .suite import MARGINAL, Suite
 
 SPLITS = {
     "held_out_people": "held-out people",
@@ -24,6 +24,9 @@ SPLITS = {
     "test_combinations": "test, held-out combinations",
     "test_countries": "test, held-out countries",
 }
+
+
+UNSEEN_QUESTIONS = "held_out_questions"  # of a survey: without training answers their marginal is uniform
 
 
 def tables(runner: Runner, results: dict[str, Any]) -> str:
@@ -66,11 +69,13 @@ def _protocol(suite: Suite) -> str:
             "interval, which is of the training alone: the comparisons resample people and questions. n/a: there are "
             "no training answers to a question."
         )
+    both = [world for world in worlds if world in tuning.worlds]
+    of_both = f" Settings were also chosen in {len(both)} of the {len(worlds)} reported worlds." if both else ""
     return (
         f"{len(worlds)} worlds ({_listed(worlds)}); settings of every arm chosen from the same {grid} by the log-loss "
         f"of validation answers in {'world' if len(tuning.worlds) == 1 else 'worlds'} {_listed(tuning.worlds)}; steps "
         f"chosen by the same, every {suite.training.select_every} up to the budget. Mean over worlds and its 95 % t "
-        "interval."
+        f"interval.{of_both}"
     )
 
 
@@ -86,9 +91,20 @@ def _tuning(suite: Suite, results: dict[str, Any]) -> str:
         chosen = results["chosen"][arm.key]
         rate, alpha = chosen["settings"]
         least = min(chosen["grid"], key=lambda point: point[-1])[-1]
-        edge = "yes" if chosen["at_the_edge"] else ""
-        rows.append([arm.label, _matched(arm.matched), f"{rate:g}", f"{alpha:g}", edge, f"{least:.4f}"])
+        edges = " and ".join(_edges(chosen))
+        rows.append([arm.label, _matched(arm.matched), f"{rate:g}", f"{alpha:g}", edges, f"{least:.4f}"])
     return _table(["chosen settings", "matched", "learning rate", "α / r", "edge of the grid", "validation NLL"], rows)
+
+
+def _edges(chosen: dict[str, Any]) -> list[str]:
+    """Settings that were chosen at the end of their grid, beyond which a better one may be."""
+    *grids, _ = zip(*chosen["grid"], strict=True)
+    names = ("learning rate", "α")[: len(grids)]
+    return [
+        name
+        for name, grid, value in zip(names, grids, chosen["settings"], strict=True)
+        if len(set(grid)) > 1 and value in (min(grid), max(grid))
+    ]
 
 
 Metrics = list[tuple[str, Callable[[dict[str, float]], float], int]]  # heading, from a split's scores, digits
@@ -99,6 +115,11 @@ OF_SURVEYS: Metrics = [
     ("gap closed ↑", lambda s: 1 - s["emd"] / s["emd_marginal"], 2),
     ("accuracy ↑", lambda s: s["accuracy"], 3),
 ]
+# Who knew a question's mean alone, and nothing of profiles, would explain much of the distance to a uniform answer.
+OF_UNSEEN_QUESTIONS: Metrics = [
+    (title, (lambda s: None) if title in ("KL explained ↑", "gap closed ↑") else read, digits)
+    for title, read, digits in OF_SURVEYS
+]
 HEADINGS = {"nll": "log-loss ↓", "accuracy": "accuracy ↑", "emd": "EMD ↓", "kl": "KL ↓"}
 
 
@@ -108,7 +129,7 @@ def _of_prepared(scores: dict[str, Any], suffix: str = "") -> Metrics:
 
 
 def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str, baselines: dict[str, Any]) -> str:
-    metrics, rows = OF_SURVEYS, []
+    metrics, rows = OF_UNSEEN_QUESTIONS if split == UNSEEN_QUESTIONS else OF_SURVEYS, []
     if isinstance(suite.data, PreparedData):
         scores = _scores_of_a_run(results, budget, split)  # the marginal's are the same in all
         metrics = _of_prepared(scores)
@@ -117,7 +138,8 @@ def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str,
     for name, scores in baselines.items():
         values = [scores[str(world)][split] for world in suite.worlds if split in scores[str(world)]]
         if values:
-            rows.append([name, "", "", ""] + [_mean([read(v) for v in values], digits) for _, read, digits in metrics])
+            means = [_mean([read(v) for v in values], digits) for _, read, digits in metrics]
+            rows.append([_reference(name, split), "", "", "", *means])
     for arm in suite.arms:
         runs = results["sft"][arm.key]
         budgets = [run["budgets"][str(budget)] for run in runs.values()]
@@ -129,7 +151,13 @@ def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str,
             + [_mean([read(v) for v in values], digits) for _, read, digits in metrics]
         )
     header = [f"SFT, {_title(split)}, {budget} steps", "matched", "parameters", "steps"]
-    return _table([*header, *(title for title, _, _ in metrics)], rows)
+    table = _table([*header, *(title for title, _, _ in metrics)], rows)
+    if metrics is not OF_UNSEEN_QUESTIONS:
+        return table
+    return (
+        f"{table}\n\nThere are no training answers to these questions: the reference is a uniform answer, and what is "
+        "measured against a training marginal is n/a."
+    )
 
 
 def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
@@ -142,16 +170,17 @@ def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
                 found = compare_cells(runner, results, first, second, budget, split)
             rows.append(
                 [
-                    f"{first} ÷ {second}",
+                    f"{_reference(first, split)} ÷ {_reference(second, split)}",
                     _title(split),
-                    f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]",
+                    _ratio(found),
                     "" if found.p is None else f"{found.p:.3f}",
-                    f"{found.detectable:.2f}",
+                    "n/a" if found.detectable is None else f"{found.detectable:.2f}",
                     found.verdict,
                 ]
             )
     unit = f"{len(suite.worlds)} worlds" if suite.data.source == "simulated" else "country × question resampled"
-    return _table([f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable", "verdict"], rows)
+    header = [f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable", "verdict"]
+    return _table(header, rows) + _by_chance(rows)
 
 
 def _differences(runner: Runner, results: dict[str, Any], budget: int) -> str:
@@ -173,7 +202,30 @@ def _differences(runner: Runner, results: dict[str, Any], budget: int) -> str:
     title = ", ".join(
         [f"differences, {budget} steps, mean over seeds", *(f"{unit} resampled" for unit in sorted(units))]
     )
-    return _table([title, "split", *(HEADINGS[name] for name in names), "detectable", "log-loss is"], rows)
+    header = [title, "split", *(HEADINGS[name] for name in names), "detectable", "log-loss is"]
+    return _table(header, rows) + _by_chance(rows)
+
+
+def _by_chance(rows: list[list[str]]) -> str:
+    """What is to be kept in mind of a table with several verdicts, which are its last column."""
+    verdicts = sum(row[-1] != "n/a" for row in rows)
+    if verdicts < 2:
+        return ""
+    return (
+        f"\n\n{verdicts} comparisons, each at 95 %: of those where nothing differs, about one in twenty shows a "
+        "difference by chance."
+    )
+
+
+def _ratio(found: Comparison) -> str:
+    if found.ratio is None or found.low is None:
+        return "n/a" if found.ratio is None else f"{found.ratio:.3f}"
+    return f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _reference(name: str, split: str) -> str:
+    """The name of a baseline, or of an arm: the marginal of questions that nobody answered in training is uniform."""
+    return "uniform" if split == UNSEEN_QUESTIONS and name in (MARGINAL, "training marginal") else name
 
 
 def _verdict(difference: Estimate) -> str:
@@ -194,7 +246,7 @@ def _dpo(suite: Suite, results: dict[str, Any], split: str) -> str:
     for key, runs in results["arms"].items():
         values = [run["splits"][split] for run in runs.values()]
         chosen = results["chosen"][key]
-        rate = f"{chosen['settings'][0]:g}{' (edge)' if chosen['at_the_edge'] else ''}"
+        rate = f"{chosen['settings'][0]:g}{' (edge)' if _edges(chosen) else ''}"
         rows.append([suite.arm(key).label, rate, *(_mean([v[name] for v in values], 3) for name, _ in metrics)])
     return _table([f"DPO, {_title(split)}", "learning rate", *(title for _, title in metrics)], rows)
 

@@ -25,7 +25,7 @@ from ..quickstart.language_model import build_tokenizer, pretrain, probe_profile
 from ..quickstart.settings import Settings
 from .arms import Arm
 from .suite import Suite
-from .world import Model, World
+from .world import Model, World, rows_name, written_whole
 
 
 class SurveyWorld(World):
@@ -39,6 +39,7 @@ class SurveyWorld(World):
 
     def __init__(self, suite: Suite, seed: int, folder: Path) -> None:
         super().__init__(suite, seed, folder)
+        self._vectors: dict[str, torch.Tensor] = {}
         data = suite.data
         if data.source == "simulated":
             self.survey: Survey = simulate_survey(seed, **data.args)
@@ -71,8 +72,16 @@ class SurveyWorld(World):
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         for prompt_profile in {arm.prompt_profile for arm in self.suite.arms}:
-            self._prepare_rows(prompt_profile, model, tokenizer).save_to_disk(folder / _rows_name(prompt_profile))
+            self._prepare_rows(prompt_profile, model, tokenizer).save_to_disk(folder / rows_name(prompt_profile))
         return {"probe": probe, "baselines": self._baselines()}
+
+    def _complete(self) -> None:
+        super()._complete()
+        for prompt_profile in {arm.prompt_profile for arm in self.suite.arms}:
+            path = self.folder / rows_name(prompt_profile)
+            if not path.exists():
+                with written_whole(path) as folder:
+                    self._prepare_rows(prompt_profile, self.base_model(), self.tokenizer).save_to_disk(folder)
 
     def _baselines(self) -> dict[str, dict[str, dict[str, float]]]:
         """What can be had without a language model, by name and split; the fitted model sees the same answers."""
@@ -125,8 +134,7 @@ class SurveyWorld(World):
         """Log-probability of each option in cells, `(cells, max_options)`."""
         vectors = None
         if arm.of.reads_profiles:
-            encoder = encoder_from_state(model.peft_config["default"].demographic_encoder)
-            vectors = encoder.encode(self.survey.profiles, missing="zero")
+            vectors = self._vectors_by(model.peft_config["default"].demographic_encoder)
             if arm.of.shuffled:
                 vectors = vectors[torch.from_numpy(self.other_profile)]
         return survey_log_probs(
@@ -138,6 +146,13 @@ class SurveyWorld(World):
             prompt_profile=arm.prompt_profile,
             demographic_embeds=vectors,
         )
+
+    def _vectors_by(self, state: dict[str, Any]) -> torch.Tensor:
+        """All profiles' vectors, `(profiles, dim)`, by an encoder's state; once, for a sentence encoder is slow."""
+        key = state["fingerprint"]
+        if key not in self._vectors:
+            self._vectors[key] = encoder_from_state(state).encode(self.survey.profiles, missing="zero")
+        return self._vectors[key]
 
     def validation_loss(self, arm: Arm, model: Model) -> float:
         answers = self.validation
@@ -164,7 +179,7 @@ class SurveyWorld(World):
 
     def sft_rows(self, prompt_profile: bool, shuffled: bool, steps: int) -> Dataset:
         """Tokenized training rows, as many as the steps see."""
-        rows = load_from_disk(str(self.folder / _rows_name(prompt_profile)))
+        rows = load_from_disk(str(self.folder / rows_name(prompt_profile)))
         return self._of_others(rows.select(range(steps * self.suite.training.batch_size)), shuffled)
 
     def _prepare_rows(
@@ -202,10 +217,6 @@ class SurveyWorld(World):
         feature = rows.features["demographic"]
         column = [profiles[person] for person in rows["person_id"]]
         return rows.remove_columns("demographic").add_column("demographic", column, feature=feature)
-
-
-def _rows_name(prompt_profile: bool) -> str:
-    return "rows-prompt" if prompt_profile else "rows"
 
 
 def _first_rows(rows: Dataset, num_rows: int, seed: int) -> Dataset:

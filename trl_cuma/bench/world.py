@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ..demographics import FieldEncoder, TextEncoder, encoder_from_state
 from ..testing import minilm_path
 from .arms import Arm
+from .sources import PreparedData
 from .suite import Suite
 
 Model = PeftModel | PreTrainedModel
@@ -39,19 +40,20 @@ class World(ABC):
 
     def prepare(self) -> None:
         """
-        Write the folder, unless it is there.
+        Write the folder, or add to it what arms that are new to the suite need.
 
         Raises:
             `ValueError`: An arm can't have the reference's parameters, which is said before anything trains.
         """
         if (self.folder / "world.json").exists():
+            self._complete()
             return
         with written_whole(self.folder) as folder:
             record = {"seed": self.seed, **self._prepare(folder)}
             profiles, dims = self._training_profiles(), {}
-            for kind in {"field", *(arm.encoder for arm in self.suite.arms)}:
+            for kind in _encoders(self.suite):
                 encoder = self._new_encoder(kind).fit(profiles)
-                (folder / f"encoder-{kind}.json").write_text(json.dumps(encoder.state()))
+                (folder / _encoder_name(kind)).write_text(json.dumps(encoder.state()))
                 dims[kind] = encoder.dim
             with torch.device("meta"):
                 shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self._base_path(folder)))
@@ -59,9 +61,16 @@ class World(ABC):
                 self.suite.reference.adapter(arm, shapes, dims, 1.0)
             (folder / "world.json").write_text(json.dumps(record))
 
+    def _complete(self) -> None:
+        for kind in _encoders(self.suite):
+            path = self.folder / _encoder_name(kind)
+            if not path.exists():
+                state = self._new_encoder(kind).fit(self._training_profiles()).state()
+                write_whole(path, json.dumps(state))
+
     def encoder(self, kind: str) -> FieldEncoder | TextEncoder:
         """The encoder of profiles that was fitted on training people: one of `ENCODERS`."""
-        return encoder_from_state(json.loads((self.folder / f"encoder-{kind}.json").read_text()))
+        return encoder_from_state(json.loads((self.folder / _encoder_name(kind)).read_text()))
 
     def _new_encoder(self, kind: str) -> FieldEncoder | TextEncoder:
         if kind == "field":
@@ -123,6 +132,34 @@ class World(ABC):
         Returns:
             Split → scores; and arrays to store, whose names begin with the split's. They hold no profile.
         """
+
+
+def is_prepared(suite: Suite, folder: Path) -> bool:
+    """Whether a world's folder holds what the suite's arms read there."""
+    names = {"world.json", *map(_encoder_name, _encoders(suite))}
+    if not isinstance(suite.data, PreparedData):
+        names |= {rows_name(arm.prompt_profile) for arm in suite.arms}
+    return all((folder / name).exists() for name in names)
+
+
+def rows_name(prompt_profile: bool) -> str:
+    """The name of a survey's tokenized training rows."""
+    return "rows-prompt" if prompt_profile else "rows"
+
+
+def _encoders(suite: Suite) -> set[str]:
+    return {"field", *(arm.encoder for arm in suite.arms)}
+
+
+def _encoder_name(kind: str) -> str:
+    return f"encoder-{kind}.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there when it is complete, and not before."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 class written_whole:

@@ -82,7 +82,7 @@ def resolve_encoder(
         encoder.fit(
             dataset[args.demographic_column],
             person_ids=dataset[people] if people in dataset.column_names else None,
-            show_progress=True,
+            show_progress=not args.disable_tqdm,
         )
     return encoder
 
@@ -144,7 +144,7 @@ def build_table(
             values = [_first_known(dataset, args.demographic_column)]
         try:
             with args.main_process_first(desc="demographic table"):  # the others then find the cache
-                table.add(values)
+                table.add(values, show_progress=not args.disable_tqdm)
         except (TypeError, ValueError) as error:
             raise type(error)(f"In the {name} data set: {error}") from None
     return table
