@@ -35,6 +35,14 @@ def test_a_fifth_is_claimed_by_the_upper_limit_only():
     assert found.verdict == "better"
 
 
+def test_worlds_to_plan_for():
+    """d = log(1 / .8) / .2 = 1.116: ((1.960 + 1.282) / 1.116)² = 8.4, and two more as the spread is estimated."""
+    second = {"0": 1.0, "1": 1.0, "2": 1.0}
+    first = {"0": math.exp(-0.2), "1": 1.0, "2": math.exp(0.2)}
+    assert compare_worlds(first, second).needed == 11
+    assert compare_worlds(second, second).needed == 2
+
+
 def test_only_shared_worlds_count():
     assert compare_worlds({"0": 1.0, "1": 1.1, "5": 9.0}, {"0": 1.0, "1": 1.0, "2": 4.0}).ratio == pytest.approx(
         1.1**0.5

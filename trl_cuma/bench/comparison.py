@@ -23,6 +23,7 @@ from ..evaluation.metrics.intervals import (
     detectable_effect,
     sign_flip_test,
     t_interval,
+    worlds_needed,
 )
 from ..evaluation.options import split_options
 from .runner import SFTRun
@@ -31,6 +32,10 @@ from .suite import MARGINAL
 if TYPE_CHECKING:
     from .runner import Runner
     from .survey_world import SurveyWorld
+
+
+FIFTH = 0.8
+"""Ratio from which an arm is called better by a fifth."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Comparison:
         detectable (`float`, *optional*): The ratio (below 1) that this many worlds, or clusters, find with 90 % power.
         sd (`float`, *optional*): Standard deviation of the log ratio between worlds.
         p (`float`, *optional*): Of the sign-flip test over worlds.
+        needed (`int`, *optional*): Worlds of this spread that find a ratio of `FIFTH` with 90 % power.
     """
 
     ratio: float | None
@@ -52,13 +58,14 @@ class Comparison:
     detectable: float | None
     sd: float | None = None
     p: float | None = None
+    needed: int | None = None
 
     @property
     def verdict(self) -> str:
         """In words; a claim needs the whole interval."""
         if self.low is None or self.high is None:
             return "n/a"
-        if self.high <= 0.8:
+        if self.high <= FIFTH:
             return "better by a fifth"
         if self.high < 1:
             return "better"
@@ -89,7 +96,8 @@ def compare_worlds(first: dict[str, float], second: dict[str, float]) -> Compari
     mean, sd = t_interval(ratios), float(ratios.std(ddof=1))
     least = float(np.exp(-detectable_effect(sd, len(worlds)))) if sd > 0 else 1.0
     values = (float(np.exp(value)) for value in (mean.value, mean.low, mean.high))
-    return Comparison(*values, detectable=least, sd=sd, p=sign_flip_test(ratios))
+    needed = worlds_needed(sd, np.log(FIFTH))
+    return Comparison(*values, detectable=least, sd=sd, p=sign_flip_test(ratios), needed=needed)
 
 
 def compare_cells(

@@ -175,12 +175,14 @@ def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
                     _ratio(found),
                     "" if found.p is None else f"{found.p:.3f}",
                     "n/a" if found.detectable is None else f"{found.detectable:.2f}",
+                    *([] if found.needed is None else [f"{found.needed}"]),
                     found.verdict,
                 ]
             )
     unit = f"{len(suite.worlds)} worlds" if suite.data.source == "simulated" else "country × question resampled"
-    header = [f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable", "verdict"]
-    return _table(header, rows) + _by_chance(rows)
+    header = [f"EMD ratio, {budget} steps, {unit}", "split", "ratio", "p", "detectable"]
+    header += ["worlds for a fifth"] if suite.data.source == "simulated" else []
+    return _table([*header, "verdict"], rows) + _by_chance(rows)
 
 
 def _differences(runner: Runner, results: dict[str, Any], budget: int) -> str:
