@@ -11,6 +11,7 @@ from peft import get_peft_model
 from trl_cuma import CuMAConfig, FieldEncoder
 from trl_cuma.evaluation.own_choices import OwnChoices, encode_candidates, own_choice_accuracy
 from trl_cuma.evaluation.resampling import crossed_clusters, resampled_mean
+from trl_cuma.evaluation.vectors import NOT_KNOWN
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
 ANN, BEN = {"country": "Brazil"}, {"country": "Japan"}
@@ -186,13 +187,16 @@ def test_bad_rows_are_counted(model, tokenizer):
     assert "Brazil" not in str(caught.value)
 
 
-def test_a_missing_column_or_profile_is_named(model, tokenizer):
+def test_a_missing_profile_leaves_a_row_out_and_a_missing_column_is_named(model, tokenizer):
     row = dict(CHAT[0])
     del row["rejected"]
     with pytest.raises(ValueError, match=r"Row 1 has no \['rejected'\]"):
         own_choice_accuracy(model, tokenizer, [CHAT[0], row], description=None)
-    with pytest.raises(ValueError, match="3"):
-        own_choice_accuracy(model, tokenizer, [*CHAT[:3], CHAT[3] | {"demographic": None}], description=None)
+    found = own_choice_accuracy(model, tokenizer, [CHAT[0] | {"demographic": None}, *CHAT[1:]], description=None)
+    assert found.bad_rows == {NOT_KNOWN: 1} and found.rows == 4
+    alone = own_choice_accuracy(model, tokenizer, CHAT[1:], description=None)
+    for name, values in found.scores.items():
+        np.testing.assert_allclose(values, alone.scores[name])
 
 
 def test_an_answer_is_closed_once(tokenizer):

@@ -191,7 +191,8 @@ def test_bad_rows_are_counted_named_and_reported(tokenizer, caplog):
         found = predict(model, tokenizer, rows, max_bad_share=0.5)
     assert found.bad_rows == {NO_OPTION: [1], NOT_KNOWN: [4], TOO_LONG: [2]}
     assert found.num_rows == 8 and len(found.answer_cell) == 5
-    (record,) = caplog.records
+    record, unknown = caplog.records
+    assert "of 2: age 1." in unknown.message
     assert "3 of 8 rows can't be evaluated" in record.message and f"{NO_OPTION} (row 1)" in record.message
     assert "Ruritania" not in record.message
     with pytest.raises(ValueError, match=r"3 of 8 rows can't be evaluated, .*`max_bad_share=0.3`(.|\n)*row 4"):

@@ -82,7 +82,7 @@ def generate_answers(
     batch_size: int = 16,
     cache_path: str | os.PathLike | None = None,
     fingerprint: str | None = None,
-    demographic_table: DemographicTable | None = None,
+    table: DemographicTable | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     description: str | None = "Answers",
 ) -> GeneratedAnswers:
@@ -118,7 +118,7 @@ def generate_answers(
             is there is not generated again.
         fingerprint (`str`, *optional*): What tells this model from others in the store, by default
             [`model_fingerprint`].
-        demographic_table (`DemographicTable`, *optional*): Makes the vectors in place of the adapter's own encoder.
+        table (`DemographicTable`, *optional*): Makes the vectors in place of the adapter's own encoder.
         chat_template_kwargs (`Mapping`, *optional*): Arguments for the chat template, e.g. `enable_thinking=False`.
         description (`str`, *optional*): Name of the progress bar; `None` for none.
 
@@ -136,7 +136,7 @@ def generate_answers(
     model = extract_model_from_parallel(model)
     encoded = [encode_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     _check_lengths(model, encoded, max_new_tokens)
-    vectors = profile_vectors(model, demographics, demographic_table)
+    vectors = profile_vectors(model, demographics, table)
     config = _greedy_config(model, tokenizer, max_new_tokens)
     store = None if cache_path is None else AnswerStore(cache_path)
     settings = _digest(

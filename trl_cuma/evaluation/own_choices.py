@@ -20,7 +20,7 @@ from ..demographics import DemographicTable
 from .option_tokens import EncodedOptions, Prompt, prompt_key
 from .options import context_length, score_options
 from .resampling import metric, number_labels, resampled_mean
-from .vectors import profile_vectors
+from .vectors import NOT_KNOWN, can_encode, demographic_table
 
 TIE = 1e-6  # of the log-likelihoods' size: equal up to rounding
 UNIT = "person × prompt"
@@ -107,7 +107,7 @@ def own_choice_accuracy(
     *,
     demographic_column: str = "demographic",
     person_column: str = "person_id",
-    demographic_table: DemographicTable | None = None,
+    table: DemographicTable | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_batch_tokens: int = 16_384,
     description: str | None = "Own choices",
@@ -121,27 +121,31 @@ def own_choice_accuracy(
     where that is a column, are resampled together.
 
     Args:
-        model (`torch.nn.Module`): A causal language model, see [`profile_vectors`] for what it gets of a profile.
+        model (`torch.nn.Module`): A causal language model, see [`demographic_table`] for what it gets of a profile.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. Candidates are tokenized as by TRL's `DPOTrainer`, with
             the token that ends them.
         rows (`Dataset`, or mappings): With `prompt`, `chosen` and `rejected` (text or messages) of the *held-out*
             people, their profiles and ids.
         demographic_column, person_column (`str`): Names of columns.
-        demographic_table (`DemographicTable`, *optional*): See [`profile_vectors`].
+        table (`DemographicTable`, *optional*): Makes the vectors of profiles, for any model.
         chat_template_kwargs (`Mapping`, *optional*): Arguments for the chat template.
         max_batch_tokens (`int`): Tokens of a batch, with its padding.
         description (`str`, *optional*): Name of the progress bar; `None` for none.
 
     Returns:
-        [`OwnChoices`]. Left out, and counted, are rows without a person or a text, and those that are longer than the
-        model's context.
+        [`OwnChoices`]. Left out, and counted, are rows without a person, a text, or a profile that the adapter needs,
+        and those that are longer than the model's context.
 
     Raises:
-        ValueError: A column is absent, no row is left, or a profile is missing that the adapter needs.
+        ValueError: A column is absent, or no row is left.
     """
     bad: Counter[str] = Counter()
     groups: dict[tuple, list[int]] = {}
     rows = list(rows)
+    table = table or demographic_table(model)
+    known = np.ones(len(rows), dtype=bool)
+    if table is not None:
+        known = can_encode(table, [row.get(demographic_column) for row in rows])
     for number, row in enumerate(rows):
         absent = [name for name in ("prompt", "chosen", "rejected", person_column) if name not in row]
         if absent:
@@ -150,6 +154,8 @@ def own_choice_accuracy(
             bad["no person"] += 1
         elif not (row["prompt"] and row["chosen"] and row["rejected"]):
             bad["no text"] += 1
+        elif not known[number]:
+            bad[NOT_KNOWN] += 1
         else:
             texts = (prompt_key(row[name]) for name in ("prompt", "chosen"))
             key = (row[person_column], row.get("conversation_id"), row.get("turn"), *texts)
@@ -168,16 +174,16 @@ def own_choice_accuracy(
             encoded.append(entry)
     if not kept:
         raise ValueError(f"None of {len(rows)} rows holds a choice that can be scored; left out were {dict(bad)}.")
-    vectors = profile_vectors(model, [row.get(demographic_column) for row in rows], demographic_table)
+    choices = [rows[number] for number in kept]
+    vectors = None if table is None else table([row.get(demographic_column) for row in choices])
     scored = score_options(
         model,
         encoded,
         np.arange(len(encoded)),
-        demographic_embeds=None if vectors is None else vectors[kept],
+        demographic_embeds=vectors,
         max_batch_tokens=max_batch_tokens,
         description=description,
     ).log_probs
-    choices = [rows[number] for number in kept]
     return OwnChoices(
         person=number_labels(row[person_column] for row in choices),
         prompt=number_labels(row.get("prompt_group") or prompt_key(row["prompt"]) for row in choices),

@@ -21,13 +21,12 @@ from .option_orders import Order, ask, predict
 from .options import context_length
 from .prediction import SurveyPrediction
 from .rows import REPEATED, AnswerBy, SurveyRows, read_rows, reordered_prompt
-from .vectors import demographic_table
+from .vectors import NOT_KNOWN, can_encode, demographic_table
 
 __all__ = ["SurveyPrediction", "predict_rows", "predict_survey"]
 
 logger = logging.getLogger(__name__)
 
-NOT_KNOWN = "nothing that the adapter's encoder knows is known about the person"
 TOO_LONG = "the prompt with its longest option is longer than the model's context"
 
 
@@ -180,7 +179,7 @@ def predict_rows(
                 f"The adapter routes by profile, and the data set has no column {demographic_column!r}; it has "
                 f"{dataset.column_names}. Name the column with `demographic_column`."
             )
-        rows.drop(~_can_encode(table, rows.profiles)[rows.profile], NOT_KNOWN)
+        rows.drop(~can_encode(table, rows.profiles)[rows.profile], NOT_KNOWN)
     if rows.distribution:
         rows.drop(_seen_before(rows), REPEATED)
     _check_bad(rows, max_bad_share)
@@ -248,23 +247,6 @@ def predict_rows(
         bad_rows=rows.bad,
         unknown_values=_unknown_values(table, [rows.profiles[index] for index in profiles]),
     )
-
-
-def _can_encode(table: DemographicTable, profiles: Sequence[Any]) -> np.ndarray:
-    """bool, `(profiles,)`: of whom the encoder knows something, or needs to know nothing."""
-
-    def can(profile: Any) -> bool:
-        if is_vector(profile):
-            return True
-        if table.encoder is None or profile.is_missing:
-            return not profile.is_missing or table.missing == "zero"
-        try:
-            table.encoder.check([profile], table.missing)
-        except ValueError:
-            return False
-        return True
-
-    return np.array([can(profile) for profile in profiles], dtype=bool)
 
 
 def _unknown_values(table: DemographicTable | None, profiles: Sequence[Any]) -> dict[str, int]:

@@ -6,10 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..adapter.layer import CuMALayer
 from ..demographics import DemographicTable, FieldEncoder, TextEncoder, encoder_from_state
+from ..demographics.profile import is_vector, read_profiles
+
+NOT_KNOWN = "nothing that the adapter's encoder knows is known about the person"
+"""Why a row is left out that [`can_encode`] says no of."""
 
 
 def demographic_table(
@@ -32,6 +37,24 @@ def demographic_table(
     if encoder is None and config.demographic_encoder is not None:
         encoder = encoder_from_state(config.demographic_encoder)
     return DemographicTable(encoder, missing=config.missing_demographics)
+
+
+def can_encode(table: DemographicTable, demographics: Sequence[Any]) -> np.ndarray:
+    """bool, `(rows,)`: of whose profile or vector the encoder knows something, or needs to know nothing."""
+    profiles = read_profiles(None if is_vector(value) else value for value in demographics)
+
+    def can(value: Any, profile: Any) -> bool:
+        if is_vector(value):
+            return True
+        if table.encoder is None or profile.is_missing:
+            return not profile.is_missing or table.missing == "zero"
+        try:
+            table.encoder.check([profile], table.missing)
+        except ValueError:
+            return False
+        return True
+
+    return np.array([can(*pair) for pair in zip(demographics, profiles, strict=True)], dtype=bool)
 
 
 def profile_vectors(
