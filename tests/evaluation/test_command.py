@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from trl_cuma import CuMAConfig, FieldEncoder
 from trl_cuma.cli import main
@@ -137,6 +138,26 @@ def test_a_plain_adapter_has_no_topology(runs):
     found = document(runs / "lora")
     assert "training" not in found and found["topology"] is None
     assert found["splits"]["test"]["metrics"].keys() == document(runs / "cuma")["splits"]["test"]["metrics"].keys()
+
+
+def test_experts_that_all_serve_every_token_are_told_apart_by_their_gates(folder, tmp_path):
+    tokens = len(AutoTokenizer.from_pretrained(folder / "base"))
+    config = CuMAConfig.from_pretrained(folder / "cuma")
+    config.gate, config.inference_mode = "soft", False
+    get_peft_model(tiny_model("qwen3", vocab_size=tokens), config).save_pretrained(tmp_path / "soft")
+    arguments = [
+        "--model",
+        str(folder / "base"),
+        "--adapter",
+        str(tmp_path / "soft"),
+        "--data",
+        str(folder / "data"),
+        "--num_samples",
+        "10",
+    ]
+    arguments += ["--max_bad_share", "0.1", "--group_by", "country", "--min_group_size", "6", "--output_dir"]
+    assert main_evaluate([*arguments, str(tmp_path / "out")]) == 0
+    assert document(tmp_path / "out")["topology"]["measure"] == "gate"
 
 
 def test_people_without_a_profile_do_not_cost_the_topology(folder, tmp_path):

@@ -292,7 +292,7 @@ def _topology(
             logger.warning("`--reference_map` is not used: without a CuMA adapter there is no topology.")
         return {"topology": None}
     try:
-        routing_config(model)
+        config = routing_config(model)
         if stated:
             raise ValueError("The prompts state the profile, so that they fit no other one.")
         if not prompts:
@@ -307,7 +307,10 @@ def _topology(
             )
         chosen = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), args.topology_prompts)).astype(int))
         options = dict(table=demographic_table(model), min_group_size=least, seed=args.seed, show_progress=True)
-        options |= dict(reference=args.reference_map)
+        # Where all experts serve every token, only how much each of them counts can tell people apart.
+        options |= dict(
+            reference=args.reference_map, measure="gate" if config.experts_per_token == config.num_experts else "load"
+        )
         found = evaluate_topology(model, tokenizer, [prompts[i] for i in chosen], profiles, usable[:1], **options)
     except ValueError as error:
         logger.warning("No topology: %s", error)
