@@ -90,6 +90,27 @@ def test_a_budget_that_no_low_rank_adapter_has_is_an_error(base):
         reference.adapter(Arm("lora"), base, DIMS, 2.0)
 
 
+@pytest.mark.parametrize("arm", [Arm("cuma"), Arm("lora", matched="rank"), Arm("lora")], ids=lambda arm: arm.key)
+def test_a_reference_of_no_low_rank_is_an_error(base, arm):
+    """The modules are of 64 features."""
+    config = REFERENCE.config
+    with pytest.raises(ValueError, match="`reference.config.r` is 33, and a rank may be at most 32"):
+        Reference({**config, "r": 33}, REFERENCE.target_modules).adapter(arm, base, DIMS, 2.0)
+    half = Reference({**config, "r": 32}, REFERENCE.target_modules)
+    assert half.adapter(Arm("cuma"), base, DIMS, 2.0)[0].r == 32
+
+
+def test_a_router_of_default_width_is_matched_like_one_that_is_given(base):
+    without = {name: value for name, value in REFERENCE.config.items() if name != "router_hidden"}
+    reference = Reference(without, REFERENCE.target_modules)
+    given = Reference({**without, "router_hidden": 256}, REFERENCE.target_modules)
+    for arm in (Arm("cuma_published"), Arm("mixlora"), Arm("film", matched="rank")):
+        assert reference.adapter(arm, base, DIMS, 2.0) == given.adapter(arm, base, DIMS, 2.0)
+    published = reference.adapter(Arm("cuma_published"), base, DIMS, 2.0)[0]
+    assert (published.r, published.router_hidden) == (4, 256)  # only the gate differs
+    assert reference.adapter(Arm("film", matched="rank"), base, DIMS, 2.0)[0].film_hidden == 256
+
+
 def test_unknown_target_modules_are_an_error(base):
     with pytest.raises(ValueError, match="no module named"):
         Reference(REFERENCE.config, ["query"]).adapter(Arm("lora"), base, DIMS, 2.0)

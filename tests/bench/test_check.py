@@ -1,19 +1,25 @@
 # Copyright 2026 The trl_cuma authors. Licensed under the Apache License, Version 2.0.
 """`--check` by hand: one more world is held against what one more world would be, and not against the mean."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from trl_cuma.bench.check import check, table
+from trl_cuma.bench.check import check, read_published, table
 
-SUITE = SimpleNamespace(data=SimpleNamespace(headline="emd"), arms=[SimpleNamespace(key="cuma")])
+SUITE = SimpleNamespace(
+    data=SimpleNamespace(headline="emd"),
+    arms=[SimpleNamespace(key="cuma")],
+    worlds=(1, 2),
+    training=SimpleNamespace(steps=400, factors=(1,)),
+)
 
 
 def results(emds: dict[str, float]) -> dict:
     runs = {world: {"budgets": {"400": {"splits": {"held_out_people": {"emd": emd}}}}} for world, emd in emds.items()}
-    return {"sft": {"cuma": runs}}
+    return {"chosen": {"cuma": {"settings": [1e-3, 2]}}, "sft": {"cuma": runs}}
 
 
 def test_a_new_world_is_held_against_the_prediction_interval():
@@ -26,9 +32,30 @@ def test_a_new_world_is_held_against_the_prediction_interval():
     assert "1 of 2 inside" in table(SUITE, [inside, outside])
 
 
-def test_what_was_published_checks_nothing():
-    published = results({"0": 0.1, "1": 0.2})
-    with pytest.raises(ValueError, match="World 1 is published"):
-        check(SUITE, published, results({"1": 0.2}))
-    with pytest.raises(ValueError, match="no two worlds of arm 'cuma'"):
-        check(SUITE, results({"0": 0.1}), results({"1": 0.2}))
+PUBLISHED = results({"7": 0.1, "8": 0.2})
+
+
+def test_published_results_are_read(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(PUBLISHED))
+    assert read_published(tmp_path / "results.json", SUITE) == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        (results({"0": 0.1, "2": 0.2}), "World 2 is published"),
+        (results({"7": 0.1}), "no two worlds of arm 'cuma'"),
+        ({**PUBLISHED, "sft": {}}, "no two worlds of arm 'cuma'"),
+        ({**PUBLISHED, "chosen": {}}, "no two worlds of arm 'cuma'"),
+        ({"sft": PUBLISHED["sft"]}, "is no results.json of a finished suite"),
+        ([1, 2], "is no results.json of a finished suite"),
+        (json.loads(json.dumps(PUBLISHED).replace('"400"', '"200"')), "no budget of 400 steps of arm 'cuma'"),
+    ],
+)
+def test_what_nothing_can_be_checked_by_is_named(tmp_path, published, message):
+    (tmp_path / "results.json").write_text(json.dumps(published))
+    with pytest.raises(ValueError, match=message):
+        read_published(tmp_path / "results.json", SUITE)
+    (tmp_path / "results.json").write_text("# Tables")
+    with pytest.raises(ValueError, match="results.json is no JSON"):
+        read_published(tmp_path / "results.json", SUITE)

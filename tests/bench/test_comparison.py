@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trl_cuma.bench.comparison import Comparison, compare_cells, compare_worlds
+from trl_cuma.bench.comparison import Comparison, compare_cells, compare_worlds, detectable
 from trl_cuma.bench.runner import SFTRun
 from trl_cuma.data.survey import Cells
+from trl_cuma.evaluation.metrics.intervals import Estimate
 
 
 def test_a_comparison_is_paired_by_world():
@@ -54,6 +55,14 @@ def test_only_shared_worlds_count():
 def test_verdicts_need_the_whole_interval():
     assert Comparison(0.9, 0.8, 1.01, 0.9).verdict == "no difference shown"
     assert Comparison(1.1, 1.01, 1.2, 0.9).verdict == "worse"
+
+
+def test_what_is_detectable_follows_from_the_interval():
+    """Of very many clusters it is z_.975 + z_.90 standard errors, 1.960 + 1.282; half the interval is 1.960."""
+    assert detectable(Estimate(0.0, -0.0196, 0.0196, 100_000)) == pytest.approx(0.03242, rel=1e-3)
+    # of nine clusters more: 3.24 times the same standard error, and what the t distribution adds
+    assert 0.0324 < detectable(Estimate(1.0, 1 - 0.0196, 1 + 0.0196, 9)) < 0.042
+    assert detectable(Estimate(1.0, 1.0, 1.0, 9)) == 0
 
 
 # ------------------------------------------------------------------------------------------------ cells

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from trl_cuma.bench import read_suite, runner
 from trl_cuma.bench.comparison import compare_answers
@@ -154,7 +154,7 @@ def test_the_encoder_of_a_new_arm_is_added_to_a_prepared_world(prepared, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------ rows
-def test_seeds_train_on_other_rows_and_more_steps_go_on_from_fewer(prepared, tmp_path):
+def test_seeds_train_on_other_rows_and_more_steps_have_those_of_fewer_first(prepared, tmp_path):
     world, other = world_of(prepared, tmp_path), world_of(prepared, tmp_path, seed=1)
     rows, few = world.sft_rows(False, False, 4), world.sft_rows(False, False, 2)
     assert len(rows) == 4 * 8 and few.to_list() == rows.to_list()[:16]
@@ -180,6 +180,57 @@ def test_shuffled_profiles_are_training_peoples_drawn_per_person(prepared, tmp_p
         assert set().union(*stand_in.values()) <= training
         moved = [row["demographic"] != own["demographic"] for row, own in zip(rows, true, strict=True)]
         assert np.mean(moved) > 0.9
+
+
+def test_profiles_of_distributions_are_exchanged_within_each_question(prepared, tmp_path):
+    """With stand-ins drawn from a dozen, most of a question's cells would repeat one another, and be left out."""
+    rng, cells = np.random.default_rng(0), [(q, c) for q in range(30) for c in range(12) if (q + c) % 3]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{q}?"}],
+                "num_options": 2,
+                "distribution": rng.dirichlet([1, 1]).tolist(),
+                "question_id": f"q{q}",
+                "demographic": {"country": f"C{c}"},
+            }
+            for q, c in cells + cells[:2]
+        ]
+    )
+    world = world_of(prepared, tmp_path)
+    shuffled = world._of_others(rows, 1)
+    for name in ("distribution", "question_id", "prompt"):
+        assert shuffled[name] == rows[name]
+
+    def by_question(dataset):
+        found = {}
+        for row in dataset.select(range(len(cells))):
+            found.setdefault(row["question_id"], []).append(row["demographic"]["country"])
+        return found
+
+    own, other = by_question(rows), by_question(shuffled)
+    assert {question: sorted(each) for question, each in own.items()} == {q: sorted(each) for q, each in other.items()}
+    moved = np.mean([a != b for question in own for a, b in zip(own[question], other[question], strict=True)])
+    assert 0.75 < moved < 0.97  # of 8 profiles one in 8 stays in its place
+    # a country has another stand-in at another question: it is no new name for it
+    assert len({names["C0"] for names in (dict(zip(own[q], other[q], strict=True)) for q in own) if "C0" in names}) > 4
+    assert shuffled["demographic"][-2:] == shuffled["demographic"][:2]  # a cell that repeats goes on repeating
+    assert world._of_others(rows, 1).to_list() == shuffled.to_list()
+
+
+def test_answers_of_weight_zero_are_no_rows_of_the_scores(prepared, tmp_path):
+    splits = DatasetDict.load_from_disk(str(prepared / "plain"))
+    weights = [float(number % 10 > 0) for number in range(len(splits["test"]))]
+    splits["test"] = splits["test"].add_column("weight", weights)
+    splits.save_to_disk(tmp_path / "weighted")
+    suite = read_suite(suite_of(prepared, tmp_path, path=str(tmp_path / "weighted")), arms=["cuma_shuffled"])
+    world, arm = PreparedWorld(suite, 0, tmp_path / "world"), suite.arms[0]
+    world.prepare()
+    expected = [number for number, weight in enumerate(world._held_out("test", arm)["weight"]) if weight]
+    found, arrays = world.measure(arm, world.base_model())
+    assert 0 < len(expected) < 150 and arrays["test/row"].tolist() == expected
+    assert len(arrays["test/nll"]) == len(expected)
+    assert arrays["test/nll"].mean() == pytest.approx(found["test"]["nll"])
 
 
 # ------------------------------------------------------------------------------------------------ comparisons

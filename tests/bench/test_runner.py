@@ -147,6 +147,15 @@ def test_a_run_repeats_to_the_bit(finished, tmp_path):
     assert again == json.loads((out / SFTRun("cuma", 0, *settings, 4).folder / "result.json").read_text())
 
 
+def test_a_new_folder_is_its_owners_alone(finished, tmp_path):
+    assert finished[1].stat().st_mode & 0o777 == 0o700
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    before = there.stat().st_mode
+    Runner(read_suite(finished[0]), there)
+    assert there.stat().st_mode == before
+
+
 def test_a_failed_run_leaves_nothing_behind(finished, tmp_path, monkeypatch):
     suite, out = finished
     loaded = read_suite(suite)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from trl_cuma.bench import read_suite
+from trl_cuma.bench import read_suite, summary
+from trl_cuma.bench.comparison import Comparison
 from trl_cuma.bench.summary import tables
 
 SUITE = {
@@ -81,6 +82,27 @@ def test_unseen_questions_are_held_against_a_uniform_answer(tmp_path):
     assert "no training answers to these questions: the reference is a uniform answer" in text
     assert row(text, "cuma ÷ marginal")[1] == "held-out people"
     assert row(text, "cuma ÷ uniform")[1] == "held-out questions"
+
+
+def test_countries_and_questions_are_compared_in_a_single_world(tmp_path, monkeypatch):
+    """They are what is resampled; of a simulated survey it is worlds."""
+    monkeypatch.setattr(summary, "compare_cells", lambda *_: Comparison(0.8, 0.7, 0.9, 0.85))
+    opinions = {"source": "global_opinions", "path": "not-read.jsonl"}
+    splits = ("held_out_cells", "held_out_countries")
+    text = text_of(tmp_path, data=opinions, worlds=[0], splits=splits)
+    assert row(text, "cuma ÷ lora")[1:3] == ["held-out cells", "0.800 [0.700, 0.900]"]
+    assert "cuma ÷ lora" not in text_of(tmp_path, worlds=[0])
+
+
+def test_the_table_of_unseen_countries_says_that_field_encoders_do_not_know_them(tmp_path):
+    opinions = {"source": "global_opinions", "path": "not-read.jsonl"}
+    splits, note = ("held_out_cells", "held_out_countries"), "A field encoder doesn't know these countries"
+    text = text_of(tmp_path, data=opinions, splits=splits, compare=[])
+    assert text.count(note) == 1 and note in text.split("| SFT, held-out countries")[1]
+    without = [{"method": "lora"}, {"method": "cuma", "name": "cuma", "encoder": "text"}]
+    assert note not in text_of(
+        tmp_path, data=opinions, splits=splits, compare=[], arms=without, text_encoder="none is loaded"
+    )
 
 
 def test_several_comparisons_come_with_a_word_on_chance(tmp_path):

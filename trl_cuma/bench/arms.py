@@ -196,7 +196,7 @@ class Reference:
         """Raise `ValueError` if an arm's fields and these don't go together, whatever the base model is."""
         if arm.of.peft in ("lora", "cuma"):
             try:
-                self._maker(arm, 1.0)(self.config["r"], self.config.get("router_hidden"))
+                self._maker(arm, 1.0)(self.config["r"], self.config.get("router_hidden", 1))  # some width
             except ValueError as error:
                 raise ValueError(f"Arm {arm.key!r}: {error}") from None
 
@@ -213,7 +213,8 @@ class Reference:
             alpha_ratio (`float`): `lora_alpha / r`.
 
         Raises:
-            `ValueError`: No rank of at most half of each module's smaller dimension comes within 2 % of the budget.
+            `ValueError`: The reference's rank is more than half of some module's smaller dimension, or no rank up to
+                that comes within 2 % of the budget.
         """
         dim = dims[arm.encoder]
         with torch.device("meta"):
@@ -223,13 +224,20 @@ class Reference:
         if arm.of.peft == "p_tuning":
             config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=16, encoder_hidden_size=64)
             return config, self._count(model, config, dim)
-        self._most(model)  # or it says that there is nothing to adapt
+        most = self._most(model)
+        if self.config["r"] > most:
+            raise ValueError(
+                f"`reference.config.r` is {self.config['r']}, and a rank may be at most {most}, half of the smallest "
+                "adapted dimension. Choose a lower one."
+            )
+        reference = self._maker(Arm("cuma"), 1.0)(self.config["r"], None)
+        wanted = reference.router_hidden  # given or not
         make = self._maker(arm, alpha_ratio)
-        plain = make(self.config["r"], self.config.get("router_hidden"))
+        plain = make(self.config["r"], wanted)
         is_reference = arm.method in ("cuma", "cuma_shuffled") and not arm.adapter_fields and arm.encoder == "field"
         if arm.matched == "rank" or is_reference:
             return plain, self._count(model, plain, dim)
-        goal = self._count(model, self._maker(Arm("cuma"), 1.0)(self.config["r"], None), dims["field"])
+        goal = self._count(model, reference, dims["field"])
         close = [
             (count, r, width)
             for count, r, width in self._sizes(model, dim, make, arm.of.filler, goal)
@@ -238,11 +246,10 @@ class Reference:
         if not close:
             raise ValueError(
                 f"Arm {arm.key!r} can't have CuMA's {goal:,} parameters within {TOLERANCE:.0%} with a rank of at most "
-                f"{self._most(model)}, half of the smallest adapted dimension. Change the reference's `r`, "
+                f"{most}, half of the smallest adapted dimension. Change the reference's `r`, "
                 "`num_experts` or `router_hidden`."
             )
         # What is left to choose: routers and FiLM networks as wide as CuMA's, as nearly as may be.
-        wanted = self.config.get("router_hidden", 1)
         _, r, width = min(close, key=lambda one: (abs(math.log((one[2] or wanted) / wanted)), abs(one[0] - goal)))
         config = make(r, width)
         return config, self._count(model, config, dim)

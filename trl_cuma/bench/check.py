@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.metrics.intervals import prediction_interval
 from .comparison import by_world
+from .sources import PreparedData
 from .suite import Suite
 
 
@@ -40,16 +43,57 @@ class Checked:
         return self.low <= self.value <= self.high
 
 
+def read_published(path: Path, suite: Suite) -> dict[str, Any]:
+    """
+    Published results that the suite's worlds can be held against, which is known before these are trained in.
+
+    Args:
+        path (`Path`): The `results.json` of a finished suite.
+        suite (`Suite`): With the worlds to check.
+
+    Raises:
+        `ValueError`: It is no such file, or an arm was not published, or in fewer than two worlds, or without a budget
+            or a split of the suite; or one of the suite's worlds was published.
+    """
+    try:
+        published = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`--check` {path} is no JSON: {error}") from None
+    parts = published if isinstance(published, dict) else {}
+    if not all(isinstance(parts.get(name), dict) for name in ("chosen", "sft")):
+        raise ValueError(
+            f"`--check` {path} is no results.json of a finished suite: it lacks the settings ('chosen') or the runs "
+            "('sft')."
+        )
+    budgets = {str(factor * suite.training.steps) for factor in suite.training.factors}
+    splits = suite.data.splits if isinstance(suite.data, PreparedData) else ()
+    for arm in suite.arms:
+        runs = published["sft"].get(arm.key, {})
+        if len(runs) < 2 or arm.key not in published["chosen"]:
+            raise ValueError(
+                f"`--check` {path} has no two worlds of arm {arm.key!r}: nothing to check it by. Name others by "
+                "`--arms`."
+            )
+        both = [world for world in suite.worlds if str(world) in runs]
+        if both:
+            raise ValueError(f"World {both[0]} is published: check by worlds that are not, with `--worlds`.")
+        for run in runs.values():
+            missing = [f"budget of {budget} steps" for budget in budgets - run["budgets"].keys()]
+            for found in run["budgets"].values():
+                missing += [f"split {split!r}" for split in splits if split not in found["splits"]]
+            if missing:
+                raise ValueError(f"`--check` {path} has no {missing[0]} of arm {arm.key!r}: it is of another suite.")
+    return published
+
+
 def check(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> list[Checked]:
     """
     Compare new worlds with published ones.
 
     Args:
         suite (`Suite`): The suite of both.
-        published (`dict`), new (`dict`): Results; no world may be in both.
-
-    Raises:
-        `ValueError`: A world is in both, or an arm was not published, or in fewer than two worlds.
+        published (`dict`): What [`read_published`] returned.
+        new (`dict`): Results of the suite's worlds.
     """
     return list(_checked(suite, published, new))
 
@@ -57,11 +101,6 @@ def check(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> list[
 def _checked(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> Iterator[Checked]:
     metric = suite.data.headline
     for arm in suite.arms:
-        if len(published["sft"].get(arm.key, ())) < 2:
-            raise ValueError(f"The published results have no two worlds of arm {arm.key!r}: nothing to check it by.")
-        both = published["sft"][arm.key].keys() & new["sft"][arm.key].keys()
-        if both:
-            raise ValueError(f"World {min(both)} is published: check by worlds that are not, with `--worlds`.")
         run = next(iter(new["sft"][arm.key].values()))
         for budget, found in run["budgets"].items():
             for split in found["splits"]:

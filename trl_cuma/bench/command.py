@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from .check import check, table
+    from .check import check, read_published, table
     from .runner import Runner
     from .suite_file import read_suite
     from .summary import tables
 
-    published = None if args.check is None else json.loads(args.check.read_text())
     suite = read_suite(args.suite, worlds=args.worlds, arms=args.arms, data_path=args.data)
+    published = None if args.check is None else read_published(args.check, suite)
     runner = Runner(suite, args.output_dir or Path("runs/bench") / args.suite.stem, args.workers, args.threads)
     if published is None:
         text = tables(runner, runner.run())

@@ -154,14 +154,31 @@ class PreparedWorld(World):
     def _of_others(self, rows: Dataset, draw: int) -> Dataset:
         """
         The rows with a training person's profile in the column that the router reads, drawn per person: were it per
-        profile, it would be a new name for the same information. Rows without a person draw each for itself.
+        profile, it would be a new name for the same information. Rows without a person draw each for itself. Rows
+        with distributions, of which a question has one per profile, exchange theirs within each question.
         """
+        if "distribution" in rows.column_names:
+            return self._exchanged(rows, draw)
         ids = rows["person_id"] if "person_id" in rows.column_names else [None] * len(rows)
         person = number_labels(row if name is None else name for row, name in enumerate(ids))
         drawn = np.random.default_rng([self.seed, draw]).integers(len(self._people), size=person.max() + 1)
-        column = [self._people[drawn[who]] for who in person]
-        feature = rows.features["demographic"]
-        return rows.remove_columns("demographic").add_column("demographic", column, feature=feature)
+        return _with_profiles(rows, [self._people[drawn[who]] for who in person])
+
+    def _exchanged(self, rows: Dataset, draw: int) -> Dataset:
+        """The profiles of each question in another order; rows of one profile and question go on sharing one."""
+        asked = ("question_id",) if "question_id" in rows.column_names else ("conversation_id", "turn")
+        questions = zip(*(rows[name][:] for name in asked), strict=True)
+        profiles = list(rows["demographic"])
+        places: dict[Any, dict[str, list[int]]] = {}
+        for row, (question, profile) in enumerate(zip(questions, profiles, strict=True)):
+            places.setdefault(question, {}).setdefault(str(profile), []).append(row)
+        rng, column = np.random.default_rng([self.seed, draw]), list(profiles)
+        for by_profile in places.values():
+            groups = list(by_profile.values())
+            for own, other in zip(groups, rng.permutation(len(groups)), strict=True):
+                for row in own:
+                    column[row] = profiles[groups[other][0]]
+        return _with_profiles(rows, column)
 
     # ------------------------------------------------------------------ model
     def _base_path(self, folder: Path) -> str:
@@ -229,8 +246,15 @@ class PreparedWorld(World):
                 found[split] |= {name: metrics[name]["value"], f"{name}_marginal": metrics[name].get("marginal")}
             bad = [row for rows in prediction.bad_rows.values() for row in rows]
             row = np.setdiff1d(np.arange(prediction.num_rows), bad)
+            if prediction.truth is None:
+                row = row[prediction.answer_weight > 0]  # the others stand for nobody, and have no scores
             arrays |= replace(scores, columns=scores.columns | {"row": row}).arrays(split)
         return found, arrays
+
+
+def _with_profiles(rows: Dataset, profiles: list[Any]) -> Dataset:
+    feature = rows.features["demographic"]
+    return rows.remove_columns("demographic").add_column("demographic", profiles, feature=feature)
 
 
 def _equal(rows: Dataset, others: Dataset, column: str) -> bool:

@@ -72,7 +72,8 @@ class Runner:
 
     Args:
         suite (`Suite`): What to run.
-        output_dir (`Path`): Where; a folder of another suite is refused.
+        output_dir (`Path`): Where; a folder of another suite is refused. A new one is its owner's alone, as there is
+            a row per answer in it.
         workers (`int`): Processes at once; each has one of the GPUs, where there are any.
         threads (`int`): Threads of each process.
 
@@ -82,7 +83,7 @@ class Runner:
 
     def __init__(self, suite: Suite, output_dir: Path, workers: int = 1, threads: int = 1) -> None:
         self.suite, self.output_dir, self.workers, self.threads = suite, Path(output_dir), workers, threads
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Worlds and arms may be added to a suite whose runs are there; another survey, base or budget may not.
         identity = {
             key: value

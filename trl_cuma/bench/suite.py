@@ -16,8 +16,9 @@ MARGINAL = "marginal"  # in `compare`: the training marginal instead of an arm
 @dataclass(frozen=True)
 class Training:
     """
-    SFT, the same for every arm: a constant learning rate after the warmup, so that a run of `2 · steps` holds the run
-    of `steps`.
+    SFT, the same for every arm: a constant learning rate after the warmup, so that a longer run reports every budget,
+    from the weights that it had by then. It is not a run of that budget gone on: the trainer shuffles all rows of a
+    run, so that after `steps` of `2 · steps` an arm has seen other rows than in a tuning run of `steps`.
 
     Args:
         steps (`int`): The budget.

@@ -27,6 +27,7 @@ SPLITS = {
 
 
 UNSEEN_QUESTIONS = "held_out_questions"  # of a survey: without training answers their marginal is uniform
+UNSEEN_COUNTRIES = "held_out_countries"  # of GlobalOpinionQA, where the country is all that is known of a person
 
 
 def tables(runner: Runner, results: dict[str, Any]) -> str:
@@ -41,7 +42,7 @@ def tables(runner: Runner, results: dict[str, Any]) -> str:
         budget = factor * suite.training.steps
         if suite.compare and isinstance(suite.data, PreparedData):
             parts.append(_differences(runner, results, budget))
-        elif suite.compare and len(suite.worlds) > 1:
+        elif suite.compare and (suite.data.source != "simulated" or len(suite.worlds) > 1):
             parts.append(_comparisons(runner, results, budget))
     if "dpo" in results:
         parts += [_dpo(suite, results["dpo"], split) for split in _splits(results)]
@@ -152,6 +153,11 @@ def _split_table(suite: Suite, results: dict[str, Any], budget: int, split: str,
         )
     header = [f"SFT, {_title(split)}, {budget} steps", "matched", "parameters", "steps"]
     table = _table([*header, *(title for title, _, _ in metrics)], rows)
+    if split == UNSEEN_COUNTRIES and any(arm.of.reads_profiles and arm.encoder == "field" for arm in suite.arms):
+        return (
+            f"{table}\n\nA field encoder doesn't know these countries: unless the prompt names the country, an arm "
+            "with one answers for nobody in particular."
+        )
     if metrics is not OF_UNSEEN_QUESTIONS:
         return table
     return (

@@ -112,7 +112,8 @@ class World(ABC):
     @abstractmethod
     def sft_rows(self, prompt_profile: bool, shuffled: bool, steps: int) -> Dataset:
         """
-        Training rows, as many as the steps see; those of fewer steps are the first of these.
+        Training rows, as many as the steps see. Those of fewer steps are the first of these, but the trainer shuffles
+        what it gets: the first half of a run is on other rows than a run of half the steps.
 
         Args:
             prompt_profile (`bool`): Whether the prompt states the profile.
