@@ -78,7 +78,9 @@ def folder(tmp_path_factory):
         adapter = get_peft_model(base(), config)
         adapter.peft_config["default"].base_model_name_or_path = str(folder / "base")
         adapter.save_pretrained(folder / name)
-    log = [{"step": step, "loss": 2.0 - step / 10} for step in range(1, 5)] + [{"step": 4, "eval_loss": 1.7}]
+    log = [{"step": step, "loss": 2.0 - step / 10} for step in range(1, 5)]
+    # The training's own limit for groups was lower.
+    log.append({"step": 4, "eval_loss": 1.7, f"eval_router/religion={SECRET}/entropy": 0.5})
     (folder / "cuma" / "checkpoint-4").mkdir()
     (folder / "cuma" / "checkpoint-4" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     return folder
@@ -120,7 +122,7 @@ def test_the_report_of_an_adapter(runs, folder):
     # marginal (12 + 0.5) / 37.5 of each option, so log 3 nats.
     assert split["metrics"]["nll"]["marginal"] == pytest.approx(np.log(3), abs=1e-9)
     assert split["metrics"]["nll"]["value"] > 0.5
-    assert split["metrics"]["emd"]["unit"] == "question"  # three countries are no sample of countries
+    assert split["metrics"]["emd"]["unit"] == "cell"  # three countries are no sample of countries
     assert {panel["group"] for panel in split["distributions"]} == set(COUNTRIES)
     assert split["distributions"][0]["question"].startswith("How often do you eat dish")
     assert split["distributions"][0]["options"] == ["never", "often", "daily"]

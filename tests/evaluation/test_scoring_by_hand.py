@@ -84,12 +84,18 @@ def test_stereotyping_of_a_prediction_that_is_sure():
         options=[2] * 2 * questions,
     )
     document, _ = score_prediction(prediction, {}, num_samples=50)
-    # Of 40 answers to two options 1/80 nats are noise: in full in the entropy, by half in the divergence of two.
-    uncertain = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+
+    def uncertainty(*counts):
+        return -sum(count / sum(counts) * np.log(count / sum(counts)) for count in counts)
+
+    # The noise of 40 answers, by the jackknife about 1/80 nats: by half in the divergence of two.
+    uncertain = uncertainty(30, 10)
+    noise = 39 * (uncertain - 0.75 * uncertainty(29, 10) - 0.25 * uncertainty(30, 9))
+    assert noise == pytest.approx(1 / 80, rel=0.05)
     row = document["stereotyping"]["all"]
     assert row["entropy_ratio"]["value"] == 0
-    assert row["true_between"]["value"] == pytest.approx(np.log(2) - uncertain - 1 / 160)
-    assert row["spread_ratio"]["value"] == pytest.approx(np.log(2) / (np.log(2) - uncertain - 1 / 160))
+    assert row["true_between"]["value"] == pytest.approx(np.log(2) - uncertain - noise / 2)
+    assert row["spread_ratio"]["value"] == pytest.approx(np.log(2) / (np.log(2) - uncertain - noise / 2))
     assert document["stereotyping"]["consensus"] is None
     # What was said to be certain came true in 3 of 4, what was said to be impossible in 1 of 4.
     assert document["calibration"]["ece"] == pytest.approx(0.25)

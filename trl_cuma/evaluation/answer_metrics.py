@@ -65,7 +65,9 @@ def answer_metrics(prediction: SurveyPrediction, person: np.ndarray, options: Ma
         return np.nanmean(np.where(either > 0, 2 * hits / np.where(either > 0, either, 1), np.nan), axis=0)
 
     estimate = bootstrap_interval(sums, [np.arange(len(sums))], pooled, **options)
-    return metrics | {"macro_f1_pooled": metric(estimate, "person")}
+    metrics["macro_f1_pooled"] = metric(estimate, "person")
+    add_note(metrics["macro_f1_pooled"], "people are resampled, the questions are taken as they are")
+    return metrics
 
 
 def macro_accuracy(

@@ -223,6 +223,8 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
         if not is_main:
             continue
         bad = [number for numbers in prediction.bad_rows.values() for number in numbers]
+        if "weight" in rows.column_names:  # who doesn't count among the answers counts in no group
+            bad += [number for number, weight in enumerate(rows["weight"][:]) if weight == 0]
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
         wording = Wording(rows, **columns)
         scores, tables = score_prediction(
@@ -325,7 +327,9 @@ def _training_log(adapter: Path) -> list[dict[str, Any]]:
     last = get_last_checkpoint(str(adapter)) if adapter.is_dir() else None
     for folder in (adapter, last and Path(last)):
         if folder and (folder / "trainer_state.json").is_file():
-            return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
+            log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
+            # What it holds of groups is of those that were large enough for the training's own limit.
+            return [{key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry} for entry in log]
     return []
 
 

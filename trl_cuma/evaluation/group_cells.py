@@ -10,6 +10,7 @@ import numpy as np
 
 from ..adapter.routing import reportable_groups
 from ..data.people import OTHER
+from .metrics.pooled import entropy_bias
 from .prediction import SurveyPrediction
 from .resampling import number_labels
 
@@ -29,7 +30,7 @@ class DistributionCells:
         weight (`np.ndarray` of shape `(cells,)`): Answers of each cell, by survey weights; 1 where there are none.
         outside, position_bias (`np.ndarray` of shape `(cells,)`): See [`SurveyPrediction`]; `nan` where not known.
         noise (`np.ndarray` of shape `(cells,)`): Nats by which the entropy of `truth` is too low as it is the shares
-            of few answers, `(options - 1) / 2n` (Miller and Madow); 0 where the truth is known.
+            of few answers, see [`entropy_bias`]; 0 where the truth is known.
     """
 
     question: np.ndarray
@@ -183,19 +184,20 @@ def cells_of_answers(
     bias = value_or_nan(prediction.position_bias, len(prediction.profile))
     question = questions[pairs[kept, 0]]
     # As many answers of equal weight would have the same noise.
-    effective = total**2 / np.bincount(cell, weight**2, minlength=len(pairs))
+    effective = (total**2 / np.bincount(cell, weight**2, minlength=len(pairs)))[kept]
+    truth = mean(np.eye(width)[prediction.answer_choice[rows]])
     return DistributionCells(
         question=question,
         cluster=pairs[kept, 1],
         group=names[pairs[kept, 1]].astype(object),
         num_options=num_options[kept],
-        truth=mean(np.eye(width)[prediction.answer_choice[rows]]),
+        truth=truth,
         predicted=mean(prediction.predicted[of_answer]),
         marginal=_marginals(question, marginal, width),
         weight=total[kept],
         outside=mean(prediction.outside[of_answer]),
         position_bias=mean(bias[of_answer]),
-        noise=((num_options - 1) / (2 * effective))[kept],
+        noise=entropy_bias(truth, effective),
     )
 
 

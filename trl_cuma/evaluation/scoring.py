@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ MIN_INEQUITY_PEOPLE = 100
 MAX_STEREOTYPE_GROUPS = 30
 MIN_SAMPLED_GROUPS = 10
 """Groups of people that are resampled; fewer are taken as they are."""
+NO_INTERVAL = "no interval: it would have to resample the people behind the cells"
 NO_MARGINAL = "no training answers to these questions"
 
 
@@ -203,7 +205,9 @@ def _cell_scores(cells: DistributionCells, who: str, fixed: bool) -> Scores:
         "outside": cells.outside,
         "position_bias": cells.position_bias,
     }
-    clusters = (np.zeros_like(question) if fixed else number_labels(cells.cluster.tolist()), question)
+    # Of a few groups only the people are a sample, and no cell is a person's: there is nothing to resample.
+    cluster = np.zeros_like(question)
+    clusters = (cluster, cluster) if fixed else (number_labels(cells.cluster.tolist()), question)
     return Scores(columns, clusters, (who, "question"), cells.weight)
 
 
@@ -231,6 +235,9 @@ def _metrics(
                 metrics[name] = metric(Estimate(None, None, None, 0, note), "")
             continue
         estimate, unit = found
+        if table == "cells" and fixed:
+            estimate = replace(estimate, n=len(cells), note=estimate.note if estimate.value is None else None)
+            unit = "cell"
         entry = metric(estimate, unit)
         if table == "cells" and of_answers:
             if name in ("emd", "emd_population"):
@@ -240,7 +247,8 @@ def _metrics(
             if name == "kl" and estimate.value is not None and estimate.value < 0:
                 add_note(entry, "below 0 is as near as the noise can tell")
             if fixed:
-                add_note(entry, f"for these {len(np.unique(cells.cluster))} groups of {tables[table].units[0]}")
+                groups = f"{len(np.unique(cells.cluster))} groups of {tables[table].units[0]}"
+                add_note(entry, f"for these {groups}; {NO_INTERVAL}, unlike that of accuracy and log-loss")
         known = [np.isfinite(tables[table].columns[each]) for each in formula.columns if each.endswith("_marginal")]
         if known and not known[0].all():
             add_note(entry, f"over the {known[0].sum():,} of {len(known[0]):,} cells with training answers")
@@ -295,7 +303,10 @@ def _groups(
             entry["accuracy"] = metric(accuracies[name], "person")
         elif answers is None:
             entry["accuracy"] = metric(resampled_mean(right[rows], [asked[rows]] * 2, **options), "question")
-        entry["emd"] = metric(resampled_mean(distance[rows], [asked[rows]] * 2, **options), "question")
+        found = resampled_mean(distance[rows], [asked[rows]] * 2, **options)
+        if answers is not None and found.value is not None:
+            found = Estimate(found.value, None, None, found.n, NO_INTERVAL)
+        entry["emd"] = metric(found, "question")
         entries.append(entry)
     return sorted(entries, key=lambda entry: (entry.get("accuracy") or {}).get("value") or 0.0)
 
@@ -309,15 +320,17 @@ def _stereotyping(
         cells.truth,
         cells.predicted,
         cells.num_options,
-        clusters[1],
+        cells.question,
         crossed_clusters(clusters),
         group=[name if name in largest else None for name in cells.group.tolist()],
         noise=cells.noise,
         **options,
     )
-    groups = {name: _written(row) for name, row in table.pop("groups").items()}
+    groups = {name: _written(row, cells.noise.any()) for name, row in table.pop("groups").items()}
     return {name: row and _written(row) for name, row in table.items()} | {"groups": groups}
 
 
-def _written(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: dict(vars(value)) if isinstance(value, Estimate) else value for key, value in row.items()}
+def _written(row: Mapping[str, Any], of_people: bool = False) -> dict[str, Any]:
+    """A row of the table; of one group's people without intervals, which would resample the questions alone."""
+    hidden = dict.fromkeys(("low", "high")) if of_people else {}
+    return {key: vars(value) | hidden if isinstance(value, Estimate) else value for key, value in row.items()}

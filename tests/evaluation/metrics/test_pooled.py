@@ -8,6 +8,7 @@ from trl_cuma.evaluation.metrics import (
     calibration,
     collapse_index,
     entropy,
+    entropy_bias,
     kl,
     kl_explained,
     profile_information,
@@ -146,3 +147,24 @@ def test_calibration_ignores_what_is_no_option_and_weighs_rows():
     assert sum(part["n"] for part in found["bins"]) == 5
     assert found["bins"][-1] == {"mean_predicted": 1.0, "observed": 1.0, "n": 1}  # 1 is in the last bin
     assert calibration(truth, predicted, np.array([2, 3]), weights=np.array([1.0, 0]))["ece"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ few answers
+def test_the_bias_of_an_entropy_is_the_jackknifes():
+    counts = np.array([[3, 1, 0, 2], [5, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    total = counts.sum(1)
+    found = entropy_bias(counts / total[:, None], total.astype(float))
+    for row, n, bias in zip(counts, total, found, strict=True):
+        without = [row - np.eye(4)[option] for option in np.repeat(np.arange(4), row)]
+        mean = np.mean([entropy((each / max(each.sum(), 1))[None])[0] for each in without])
+        assert bias == pytest.approx((n - 1) * (entropy((row / n)[None])[0] - mean))
+    assert found[1] == found[2] == 0 < found[0]
+
+
+@pytest.mark.parametrize("probs", [[0.93, 0.04, 0.01, 0.01, 0.01, 0, 0, 0, 0, 0], [0.1] * 10, [0.5, 0.3, 0.2]])
+def test_entropies_of_thirty_answers_are_right_on_average(probs):
+    probs = np.array(probs)
+    shares = np.random.default_rng(0).multinomial(30, probs, size=4000) / 30
+    missing = entropy(probs[None])[0] - entropy(shares).mean()
+    left = missing - entropy_bias(shares, np.full(4000, 30.0)).mean()
+    assert missing > 0.03 and abs(left) < 0.35 * missing

@@ -38,7 +38,14 @@ from .intervals import (
     wilson_interval,
     worlds_needed,
 )
-from .pooled import calibration, collapse_index, kl_explained, profile_information, spread_ratio
+from .pooled import (
+    calibration,
+    collapse_index,
+    entropy_bias,
+    kl_explained,
+    profile_information,
+    spread_ratio,
+)
 from .stereotypes import neutral_divergence, stereotyping_table
 
 __all__ = [
@@ -55,6 +62,7 @@ __all__ = [
     "distinct_ratio",
     "emd",
     "entropy",
+    "entropy_bias",
     "expected_accuracy",
     "gap_closed",
     "inequity",

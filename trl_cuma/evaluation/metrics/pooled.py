@@ -156,6 +156,38 @@ def profile_information(
     return np.where(divergence > 1e-12, divergence, 0.0)  # equal rows differ from their mean by rounding
 
 
+def entropy_bias(shares: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """
+    Nats by which the entropy of the shares of few answers is too low, as far as leaving out one answer tells.
+
+        (n - 1) (H(shares) - sum_k shares_k H(shares without one answer k))        (the jackknife; Miller 1974)
+
+    `(options - 1) / 2n` (Miller 1955) would count options that nobody chooses: of ten of which three are used, and 30
+    answers, it is 0.15 nats where 0.06 are missing. KL from anything to shares of few answers is too high by the same.
+
+    Args:
+        shares (`np.ndarray` of shape `(cells, max_options)`): Of the answers of each cell.
+        answers (`np.ndarray` of shape `(cells,)`): How many; of weighted ones, how many of equal weight would have
+            the same variance.
+
+    Returns:
+        `np.ndarray` of shape `(cells,)`: At least 0; 0 of a single answer.
+    """
+    counts = shares * answers[:, None]
+    left = np.maximum(counts - 1, 0)
+    remaining = np.maximum(answers[:, None] - np.minimum(counts, 1), 0)
+    own, without = _times_log(counts), _times_log(left)
+    # Sums of x log x over all options, but for the one that lost an answer.
+    sums = own.sum(1, keepdims=True) - own + without
+    entropies = np.where(remaining > 0, np.log(np.where(remaining > 0, remaining, 1)), 0.0)
+    entropies -= np.divide(sums, remaining, out=np.zeros_like(sums), where=remaining > 0)
+    return np.maximum((answers - 1) * (entropy(shares) - (shares * entropies).sum(1)), 0.0)
+
+
+def _times_log(values: np.ndarray) -> np.ndarray:
+    return values * np.log(np.where(values > 0, values, 1.0))
+
+
 def true_information(
     truth: np.ndarray,
     num_options: np.ndarray,

@@ -9,13 +9,14 @@ Shapes are those of `cells`. "Between" is the divergence of profiles from their 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .cells import check_distributions, entropy
 from .intervals import Estimate, bootstrap_interval, row_weights
-from .pooled import profile_information, true_information
+from .pooled import MIN_INFORMATION, denominator_note, profile_information, true_information
 
 CONSENSUS = 0.01
 """Most true mutual information between profile and answer, in nats, of a question that counts as consensus."""
@@ -43,6 +44,8 @@ def stereotyping_table(
 
     each pooled over cells. On consensus questions, those with less than 0.01 nats of true information, the ratio's
     denominator is zero by definition: there the predicted `between` divergence itself, in nats, beside the true one.
+    Where the noise of few answers is more than half of that, consensus can't be told, and a question isn't among them.
+    A ratio is not reported where the (lower bound of the) denominator is under 0.01 nats.
 
     The intervals resample the cells with each question's mean held fixed. Resample questions where there are many.
 
@@ -92,14 +95,24 @@ def stereotyping_table(
                 seed=seed,
             )
 
-        result: dict[str, Any] = {"spread_ratio": estimate([0, 1])} if ratio else {}
-        result |= {"entropy_ratio": estimate([2, 3]), "between": estimate([0]), "true_between": estimate([1])}
+        def quotient(columns: list[int], denominator: Estimate, what: str) -> Estimate:
+            low = denominator.value if denominator.low is None else denominator.low
+            note = denominator_note(replace(denominator, low=low), what, MIN_INFORMATION)
+            return Estimate(None, None, None, denominator.n, note) if note else estimate(columns)
+
+        between, true_between, true_entropy = (estimate([column]) for column in (0, 1, 3))
+        result: dict[str, Any] = {}
+        if ratio:
+            result["spread_ratio"] = quotient([0, 1], true_between, "the truth's divergence between profiles")
+        result |= {"entropy_ratio": quotient([2, 3], true_entropy, "H(truth)")}
+        result |= {"between": between, "true_between": true_between}
         return result | {"cells": int(cells.sum()), "questions": len(np.unique(question[cells]))}
 
     _, code = np.unique(question, return_inverse=True)
     masses = np.bincount(code, weights)
     information = np.bincount(code, weights * true_between) / np.where(masses > 0, masses, 1.0)
-    consensus = ((information < CONSENSUS) & (masses > 0))[code]
+    blurred = np.bincount(code, weights * noise) / np.where(masses > 0, masses, 1.0) > CONSENSUS / 2
+    consensus = ((information < CONSENSUS) & (masses > 0) & ~blurred)[code]
     table = {"all": row(np.ones(len(truth), dtype=bool))}
     table["consensus"] = row(consensus, ratio=False) if consensus.any() else None
     if group is not None:

@@ -125,11 +125,18 @@ def inequity_table(inequity: Mapping[str, Mapping[str, Any]], min_people: int | 
     for field, entry in inequity.items():
         sigma = {"value": entry.get("sigma"), "low": entry.get("low"), "high": entry.get("high")}
         worst = f"{clean(entry['worst'])}: {number(entry.get('worst_value'))}" if entry.get("worst") else MISSING
+        if entry.get("worst_n") is not None:
+            raw = {
+                key: entry.get(f"worst_{name}") for key, name in (("value", "raw"), ("low", "low"), ("high", "high"))
+            }
+            worst += f"; raw {estimate(raw)}, n = {number(entry['worst_n'])}"
         row = [clean(field), estimate(sigma), number(entry.get("sigma_raw")), number(entry.get("groups")), worst]
         rows.append([*row, clean(entry.get("note") or "")])
     note = (
         "σ: standard deviation of the groups' accuracies, without what sampling alone would give; 0 is equal. Raw: "
-        "with it. Groups under the minimum size are not named."
+        "with it. Groups under the minimum size are not named. The worst group's accuracy is shrunken towards the "
+        "mean, for the lowest of many is lower than any truth; beside it the raw one of its n people, with an "
+        "interval that holds for all groups at once."
     ) + other_note([entry.get("worst") for entry in inequity.values()], min_people)
     return Table(
         "Inequity", ["Field", "σ ↓", "σ, raw", "Groups", "Worst group", "Note"], rows, frozenset({4, 5}), note
