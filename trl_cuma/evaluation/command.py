@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def main_evaluate(argv: Sequence[str]) -> int:
 
     from .report import write_report
 
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes without a GPU are not seen
+    # `cpu`: else several processes without a GPU are not seen. `timeout`: the others wait while one scores, or asks a
+    # judge, for longer than a backend's ten minutes.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     evaluation, cells = _evaluate(args, state.is_main_process)
     if state.is_main_process:
         folder = write_report(evaluation, args.output_dir, cells)
