@@ -179,7 +179,7 @@ def _comparisons(runner: Runner, results: dict[str, Any], budget: int) -> str:
                     f"{_reference(first, split)} ÷ {_reference(second, split)}",
                     _title(split),
                     _ratio(found),
-                    "" if found.p is None else f"{found.p:.3f}",
+                    "" if found.p is None else f"{found.p:.3f}" if found.p >= 0.0005 else "<0.001",
                     "n/a" if found.detectable is None else f"{found.detectable:.2f}",
                     *([] if found.needed is None else [f"{found.needed}"]),
                     found.verdict,
