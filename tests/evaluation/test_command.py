@@ -97,7 +97,9 @@ def evaluate(folder, name):
     output = folder / "reports" / name
     arguments = ["--adapter", str(folder / name), "--data", str(folder / "data"), "--output_dir", str(output)]
     options = ["--min_group_size", "6", "--num_samples", "50", "--max_bad_share", "0.1", "--group_by", "country"]
-    assert main_evaluate([*arguments, *options, "religion"]) == 0
+    neutral = folder / "neutral.jsonl"
+    neutral.write_text('{"question": "How much is 1 + 1?", "options": ["2", "3"]}\n')
+    assert main_evaluate([*arguments, *options, "religion", "--neutral", str(neutral)]) == 0
 
 
 def document(run):
@@ -129,6 +131,7 @@ def test_the_report_of_an_adapter(runs, folder):
     truths = {tuple(panel["truth"]) for panel in split["distributions"]}
     assert truths == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)}
     assert found["training"]["log_history"][-1] == {"step": 4, "eval_loss": 1.7}
+    assert found["neutral"]["divergence"]["value"] > 0 and found["neutral"]["profiles"] == 4
     assert [entry["group"] for entry in found["topology"]["groups"]] == sorted(COUNTRIES)
     assert [entry["people"] for entry in found["topology"]["groups"]] == [12] * 3
     page = (runs / "cuma" / "report.html").read_text()
@@ -139,6 +142,8 @@ def test_the_report_of_an_adapter(runs, folder):
 def test_a_plain_adapter_has_no_topology(runs):
     found = document(runs / "lora")
     assert "training" not in found and found["topology"] is None
+    assert found["neutral"]["divergence"]["value"] == 0  # it is told nothing of anybody
+    assert "Neutral prompts" in (runs / "lora" / "report.html").read_text()
     assert found["splits"]["test"]["metrics"].keys() == document(runs / "cuma")["splits"]["test"]["metrics"].keys()
 
 

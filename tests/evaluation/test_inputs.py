@@ -42,6 +42,8 @@ def there(tmp_path, monkeypatch):
         (["--reference_map", "few.csv"], "`--reference_map` few.csv has 1 groups; it takes 5"),
         (["--reference_map", "empty.csv"], "`--reference_map` empty.csv has 0 groups; it takes 5"),
         (["--reference_map", "typo.csv"], "`--reference_map` typo.csv is no file"),
+        (["--neutral", "typo.jsonl"], "`--neutral` typo.jsonl is no file"),
+        (["--neutral", "bad.csv"], "`--neutral`: bad.csv, line 1 is no JSON"),
         (["--reference_map", "good.csv", "--topology_prompts", "0"], "`--topology_prompts` is 0"),
         (["--max_bad_share", "5"], "`--max_bad_share` is 5.0, expected a share from 0 to 1"),
         (["--max_bad_share", "nan"], "`--max_bad_share` is nan, expected a share from 0 to 1"),

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import generation_document as generation
-from .inputs import COLUMNS, check_paths, load_model, set_columns
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+from .inputs import COLUMNS, check_paths, evaluate_parser, load_model, set_columns
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ def main_evaluate(argv: Sequence[str]) -> int:
     Returns:
         `int`: 0. What is wrong with the input is raised; the command line prints it.
     """
-    args = _evaluate_parser().parse_args(list(argv))
+    args = evaluate_parser().parse_args(list(argv))
     _check(args)
     from .report import check_output_dir
 
@@ -78,63 +76,6 @@ def main_compare(argv: Sequence[str]) -> int:
         folder = write_comparison(comparison, args.output_dir)
         print(f"\nWritten to {folder}: comparison.html, comparison.md, comparison.json.")
     return 0
-
-
-def _evaluate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trl-cuma evaluate",
-        description="Measure how a model predicts the answers of people and groups that were held out, and write a "
-        "report: report.html, tables.md, evaluation.json, and cells.npz for `trl-cuma compare`. Rows of questions "
-        "with options (`num_options`) are survey answers; rows of `prompt`, `chosen` and `rejected` without options "
-        "are people's choices between texts.",
-        epilog="Example: trl-cuma evaluate --adapter runs/cuma --data data/wvb --group_by country religion "
-        "--output_dir evaluations/cuma. On several GPUs: accelerate launch -m trl_cuma.cli evaluate …",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", default=None, help="id or folder of a causal language model; default: the adapter's base")
-    add("--adapter", default=None, help="folder or id of a PEFT adapter of any kind")
-    add("--data", required=True, help="what `trl-cuma prepare` wrote, or rows like it; or the id of a data set")
-    add("--data_config", default=None, help="configuration of the data set")
-    add("--split", nargs="+", default=["test"], help="splits to evaluate; default: test")
-    add(
-        "--train_split", default=None, help="whose answers make the training marginal; default: train, if there is one"
-    )
-    add("--output_dir", type=Path, required=True, help="a folder that is not there yet")
-    group = parser.add_argument_group("rows")
-    group.add_argument("--answer_by", choices=("letter", "text"), default="letter", help="what a row answers")
-    for name, default in COLUMNS.items():
-        group.add_argument(f"--{name}", default=None, help=f"default: {default}, if there is one")
-    group.add_argument(
-        "--limit",
-        type=int,
-        default=None,
-        help="evaluate so many rows of each split, drawn evenly: answers, not people with all of theirs",
-    )
-    group.add_argument(
-        "--max_bad_share", type=float, default=0.01, help="of rows, 0 to 1, where it stops; default: 0.01"
-    )
-    group = parser.add_argument_group("measures")
-    group.add_argument(
-        "--group_by", nargs="+", default=None, metavar="FIELD", help="fields; default: all, country first"
-    )
-    group.add_argument(
-        "--min_group_size", type=int, default=30, help="people; smaller groups are never named; default: 30"
-    )
-    group.add_argument("--permutations", type=int, default=0, help="orders of the options to average; default: 0")
-    group.add_argument("--num_samples", type=int, default=2000, help="draws of the bootstrap; default: 2000")
-    group.add_argument("--seed", type=int, default=0, help="of whatever is drawn; default: 0")
-    group.add_argument(
-        "--topology_prompts", type=int, default=8, help="questions to route; 0: no topology; default: 8"
-    )
-    group.add_argument("--reference_map", type=Path, default=None, help="CSV of group, x, y, to hold the map against")
-    group = parser.add_argument_group("model")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the model's own")
-    group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to NF4 (bitsandbytes)")
-    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch; default: 8192")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    generation.add_arguments(parser)
-    return parser
 
 
 def _compare_parser() -> argparse.ArgumentParser:
@@ -250,6 +191,8 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
         if number == 0 and args.topology_prompts:
             fields, prompts = grouping_fields(prediction, args.group_by), list(wording.prompts.values())
             document |= _topology(args, model, tokenizer, rows, wording.prompt_profile, prompts, fields)
+    if args.neutral is not None:
+        document["neutral"] = _neutral(args, model, tokenizer, next(iter(splits.values())), predict_rows)
     if choices:
         found, arrays = generation.own_choices(args, model, tokenizer, choices)
         document["generation"] = {"own_choices": found}
@@ -274,6 +217,16 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
     if is_main and args.adapter and (log := _training_log(Path(args.adapter))):
         document["training"] = {"log_history": log}
     return document, cells
+
+
+def _neutral(args: argparse.Namespace, model: Any, tokenizer: Any, rows: Any, predict: Any) -> dict[str, Any]:
+    from .neutral import neutral_document, neutral_rows, read_neutral_questions
+
+    asked = neutral_rows(read_neutral_questions(args.neutral), rows, args.demographic_column, args.seed)
+    prediction = predict(
+        model, tokenizer, asked, answer_by=args.answer_by, max_bad_share=1.0, max_batch_tokens=args.batch_tokens
+    )
+    return neutral_document(prediction, num_samples=args.num_samples, seed=args.seed)
 
 
 def _topology(

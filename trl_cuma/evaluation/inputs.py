@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import generation_document as generation
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -18,6 +20,73 @@ COLUMNS = {"demographic_column": "demographic", "person_column": "person_id"}
 """Options that name a column, and its name where they are not given: rows may lack it then."""
 
 ADAPTER_FILE = "adapter_config.json"
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The parser of `trl-cuma evaluate`."""
+    parser = argparse.ArgumentParser(
+        prog="trl-cuma evaluate",
+        description="Measure how a model predicts the answers of people and groups that were held out, and write a "
+        "report: report.html, tables.md, evaluation.json, and cells.npz for `trl-cuma compare`. Rows of questions "
+        "with options (`num_options`) are survey answers; rows of `prompt`, `chosen` and `rejected` without options "
+        "are people's choices between texts.",
+        epilog="Example: trl-cuma evaluate --adapter runs/cuma --data data/wvb --group_by country religion "
+        "--output_dir evaluations/cuma. On several GPUs: accelerate launch -m trl_cuma.cli evaluate …",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default=None, help="id or folder of a causal language model; default: the adapter's base")
+    add("--adapter", default=None, help="folder or id of a PEFT adapter of any kind")
+    add("--data", required=True, help="what `trl-cuma prepare` wrote, or rows like it; or the id of a data set")
+    add("--data_config", default=None, help="configuration of the data set")
+    add("--split", nargs="+", default=["test"], help="splits to evaluate; default: test")
+    add(
+        "--train_split", default=None, help="whose answers make the training marginal; default: train, if there is one"
+    )
+    add("--output_dir", type=Path, required=True, help="a folder that is not there yet")
+    group = parser.add_argument_group("rows")
+    group.add_argument("--answer_by", choices=("letter", "text"), default="letter", help="what a row answers")
+    for name, default in COLUMNS.items():
+        group.add_argument(f"--{name}", default=None, help=f"default: {default}, if there is one")
+    group.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        help="evaluate so many rows of each split, drawn evenly: answers, not people with all of theirs",
+    )
+    group.add_argument(
+        "--max_bad_share", type=float, default=0.01, help="of rows, 0 to 1, where it stops; default: 0.01"
+    )
+    group = parser.add_argument_group("measures")
+    group.add_argument(
+        "--group_by", nargs="+", default=None, metavar="FIELD", help="fields; default: all, country first"
+    )
+    group.add_argument(
+        "--min_group_size", type=int, default=30, help="people; smaller groups are never named; default: 30"
+    )
+    group.add_argument("--permutations", type=int, default=0, help="orders of the options to average; default: 0")
+    group.add_argument("--num_samples", type=int, default=2000, help="draws of the bootstrap; default: 2000")
+    group.add_argument("--seed", type=int, default=0, help="of whatever is drawn; default: 0")
+    group.add_argument(
+        "--topology_prompts", type=int, default=8, help="questions to route; 0: no topology; default: 8"
+    )
+    group.add_argument(
+        "--neutral",
+        type=Path,
+        default=None,
+        help="JSON lines of `question` and `options` that no profile has a bearing on (arithmetic, facts), to see how "
+        "much profiles change the answers",
+    )
+    group.add_argument("--reference_map", type=Path, default=None, help="CSV of group, x, y, to hold the map against")
+    group = parser.add_argument_group("model")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the model's own")
+    group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to NF4 (bitsandbytes)")
+    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch; default: 8192")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    generation.add_arguments(parser)
+    return parser
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -40,6 +109,13 @@ def check_paths(args: argparse.Namespace) -> None:
             )
     if args.reference_map is not None:
         _check_reference_map(args)
+    if args.neutral is not None:
+        from .neutral import read_neutral_questions
+
+        if not args.neutral.is_file():
+            raise FileNotFoundError(f"`--neutral` {args.neutral} is no file.")
+        with named("`--neutral`"):
+            read_neutral_questions(args.neutral)
 
 
 def _is_path(name: str) -> bool:

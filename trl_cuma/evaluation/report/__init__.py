@@ -26,6 +26,8 @@ VERSION = 1
 
 TOPOLOGY = "Topology: which experts serve whom"
 
+NEUTRAL = "Prompts that no profile has a bearing on. How much do profiles change their answers? Ideally not at all."
+
 OWN_CHOICES = (
     "Held-out people were shown several answers and chose one. Does the model, given the prompt and what it is told "
     "of the person, find likelier what they chose? No judge stands between."
@@ -42,8 +44,9 @@ def write_report(
     The same evaluation gives the same files.
 
     Args:
-        evaluation (`Mapping`): `version`, `model` and `splits`, and where known `min_group_size`, `generation`,
-            `topology` (or `topology_note`, why there is none) and `training`. What is not a number becomes `null`.
+        evaluation (`Mapping`): `version`, `model` and `splits`, and where known `min_group_size`, `neutral`,
+            `generation`, `topology` (or `topology_note`, why there is none) and `training`. What is not a number
+            becomes `null`.
         output_dir (`str` or `PathLike`): A folder that is not there yet, or is empty.
         cells (`Mapping[str, np.ndarray]`, *optional*): Numbers per cell, for `cells.npz`, which `trl-cuma compare`
             reads.
@@ -99,6 +102,8 @@ def _sections(evaluation: Mapping[str, Any]) -> list[Section]:
     summaries += [tables.own_choices_summary(own)] if own else []
     sections = [Section("Summary", summaries)] if summaries else []
     sections += [_split_section(name, split, least) for name, split in splits.items()]
+    if evaluation.get("neutral"):
+        sections.append(Section("Neutral prompts", [tables.neutral_table(evaluation["neutral"])], text=NEUTRAL))
     if own:
         shown = [table for name, entry in own.items() for table in tables.own_choices_tables(name, entry)]
         sections.append(Section("People's own choices", shown, text=OWN_CHOICES))

@@ -73,6 +73,16 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("Metrics", columns, rows, frozenset({4, 5}), note)
 
 
+def neutral_table(found: Mapping[str, Any]) -> Table:
+    """How far the profiles' answers to neutral prompts are from each other."""
+    row = ["all prompts", estimate(found["divergence"], 4), number(found["prompts"]), number(found["profiles"])]
+    columns = ["Over", "Divergence between profiles, nats → 0", "Prompts", "Profiles"]
+    note = clean(found["divergence"].get("note") or "")
+    left_out = sum(found["bad_rows"].values())
+    note += f" {left_out:,} questions of a profile could not be asked." if left_out else ""
+    return Table("Answers by profile", columns, [row], note=f"{INTERVALS} {note}".strip())
+
+
 def counts_table(counts: Mapping[str, Any]) -> Table:
     """What the split holds; no number of people where nobody is known."""
     hidden = ("bad_rows", "unknown_values") if people_known(counts) else ("bad_rows", "unknown_values", "people")
