@@ -195,6 +195,7 @@ def test_data_parallel_threads_are_refused(make_model, make_batch) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"demographic_projection": 3}, {"routing": "demographic", "gate": "soft"}])
+@pytest.mark.slow
 def test_forward_compiles_as_one_graph(make_model, make_batch, fields: dict) -> None:
     model = make_model(**fields)
     graphs = []

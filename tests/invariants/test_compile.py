@@ -87,11 +87,12 @@ def test_router_losses_are_part_of_the_graph(make_model, make_batch) -> None:
     "fields",
     [
         {},
-        pytest.param({"routing": "demographic"}, marks=pytest.mark.slow),
-        pytest.param({"routing": "demographic", "share_a": True}, marks=pytest.mark.slow),
+        {"routing": "demographic"},
+        {"routing": "demographic", "share_a": True},
     ],
     ids=["joint", "demographic", "demographic-shared-a"],
 )
+@pytest.mark.slow
 def test_batches_of_other_sizes_compile_nothing_more(make_model, make_batch, monkeypatch, fields: dict) -> None:
     monkeypatch.setattr(experts, "TOKENS_PER_ROW", {True: 2, False: 2})  # one way for all of these sizes
     model, twin = (make_model(**fields, base=ONE_LAYER).train() for _ in range(2))

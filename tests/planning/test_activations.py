@@ -175,6 +175,7 @@ def peak_at(model: PeftModel, rows: int, length: int) -> int:
 
 
 @pytest.mark.usefixtures("narrow_tiles")
+@pytest.mark.slow
 def test_what_grows_with_the_square_of_the_length(make_base, adapter) -> None:
     """
     A row alone has no scores and no mask. With others it has a mask: a byte for each pair of tokens, and in each layer

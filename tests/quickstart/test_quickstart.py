@@ -109,6 +109,7 @@ def test_prepared_data_is_what_the_recipes_read(toy):
     assert (Path(run.model_dir) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_text_encoder_takes_the_field_encoders_place(tmp_path):
     """The main job's CuMA arm with a real sentence encoder, up to a trained adapter that carries it."""
     run = Quickstart(tmp_path, settings=TOY, encoder=str(minilm_path()), log=lambda text: None)

@@ -39,6 +39,7 @@ for name, people in inputs["people"].items():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_logits(make_sft, make_base, sft_data, text_encoder, tmp_path):
     make_base(initializer_range=0.2).save_pretrained(tmp_path / "base")
     people = {
