@@ -174,10 +174,7 @@ class Runner:
             ]
             return float(np.mean([min(nll for _, nll in world) for world in looks]))
 
-        return {
-            key: _chosen({settings: loss(key, settings) for settings in points}, tuning.learning_rates)
-            for key, points in grid.items()
-        }
+        return {key: _chosen({settings: loss(key, settings) for settings in points}) for key, points in grid.items()}
 
     def _dpo(self, chosen: dict[str, Any], longest: int) -> dict[str, Any]:
         suite, dpo = self.suite, self.suite.dpo
@@ -198,7 +195,7 @@ class Runner:
             losses = {
                 (rate,): float(np.mean([self.read(one)["validation"] for one in runs])) for rate, runs in rates.items()
             }
-            results["chosen"][key] = _chosen(losses, dpo.learning_rates)
+            results["chosen"][key] = _chosen(losses)
         final = [
             run(key, world, results["chosen"][key]["settings"][0], longest)
             for key in dpo.arms
@@ -258,12 +255,11 @@ class Runner:
                     raise
 
 
-def _chosen(losses: dict[tuple[float, ...], float], rates: tuple[float, ...]) -> dict[str, Any]:
+def _chosen(losses: dict[tuple[float, ...], float]) -> dict[str, Any]:
     best = min(losses, key=losses.__getitem__)
     return {
         "settings": list(best),
         "grid": [[*settings, loss] for settings, loss in losses.items()],
-        "at_the_edge": best[0] in (min(rates), max(rates)) and len(rates) > 1,
     }
 
 

@@ -110,17 +110,16 @@ def _edges(chosen: dict[str, Any]) -> list[str]:
 
 Metrics = list[tuple[str, Callable[[dict[str, float]], float], int]]  # heading, from a split's scores, digits
 
-OF_SURVEYS: Metrics = [
-    ("EMD ↓", lambda s: s["emd"], 3),
+AGAINST_MARGINAL: Metrics = [
     ("KL explained ↑", lambda s: 1 - s["kl"] / s["kl_marginal"], 2),
     ("gap closed ↑", lambda s: 1 - s["emd"] / s["emd_marginal"], 2),
-    ("accuracy ↑", lambda s: s["accuracy"], 3),
 ]
 # Who knew a question's mean alone, and nothing of profiles, would explain much of the distance to a uniform answer.
-OF_UNSEEN_QUESTIONS: Metrics = [
-    (title, (lambda s: None) if title in ("KL explained ↑", "gap closed ↑") else read, digits)
-    for title, read, digits in OF_SURVEYS
-]
+NO_MARGINAL: Metrics = [(title, lambda s: None, digits) for title, _, digits in AGAINST_MARGINAL]
+OF_SURVEYS, OF_UNSEEN_QUESTIONS = (
+    [("EMD ↓", lambda s: s["emd"], 3), *of_marginal, ("accuracy ↑", lambda s: s["accuracy"], 3)]
+    for of_marginal in (AGAINST_MARGINAL, NO_MARGINAL)
+)
 HEADINGS = {"nll": "log-loss ↓", "accuracy": "accuracy ↑", "emd": "EMD ↓", "kl": "KL ↓"}
 
 
