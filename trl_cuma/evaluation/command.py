@@ -97,9 +97,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.model is None and args.adapter is None:
         raise ValueError("Name what to evaluate: `--model`, `--adapter`, or both.")
     least = {"limit": 1, "min_group_size": 1, "permutations": 0, "num_samples": 1, "topology_prompts": 0}
-    for name, low in (least | {"batch_tokens": 1}).items():
+    for name, low in (least | {"batch_tokens": 1} | generation.LEAST).items():
         value = getattr(args, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < float("inf"):
             raise ValueError(f"`--{name}` is {value}, expected {low} or more.")
     if not 0 <= args.max_bad_share <= 1:
         raise ValueError(f"`--max_bad_share` is {args.max_bad_share}, expected a share from 0 to 1.")
@@ -220,9 +220,9 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
 
 
 def _neutral(args: argparse.Namespace, model: Any, tokenizer: Any, rows: Any, predict: Any) -> dict[str, Any]:
-    from .neutral import neutral_document, neutral_rows, read_neutral_questions
+    from .neutral import neutral_document, neutral_rows
 
-    asked = neutral_rows(read_neutral_questions(args.neutral), rows, args.demographic_column, args.seed)
+    asked = neutral_rows(args.neutral, rows, args.demographic_column, args.seed)
     prediction = predict(
         model, tokenizer, asked, answer_by=args.answer_by, max_bad_share=1.0, max_batch_tokens=args.batch_tokens
     )

@@ -33,6 +33,16 @@ ROWS = 200
 REQUESTS_PER_ROW = 4
 """To the judge: two models' answers, and what the person chose and rejected, each in both orders."""
 
+LEAST = {
+    "generate": 0,
+    "max_new_tokens": 1,
+    "temperature": 0,
+    "profiles_per_prompt": 0,
+    "generate_batch": 1,
+    "max_requests": REQUESTS_PER_ROW,
+}
+"""Of the arguments added here, the least values."""
+
 GREEDY = "greedy answers have no variety within a profile: set a `--temperature`"
 BLIND = "the model is told no profile, so that profiles make no difference"
 
@@ -78,13 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
-        `ValueError`: An argument is out of its range, or needs another one.
+        `ValueError`: An argument needs another one.
     """
-    least = {"generate": 0, "max_new_tokens": 1, "temperature": 0, "profiles_per_prompt": 0, "generate_batch": 1}
-    for name, low in (least | {"max_requests": REQUESTS_PER_ROW}).items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < float("inf"):
-            raise ValueError(f"`--{name}` is {value}, expected {low} or more.")
     if args.judge is None:
         for name in ("judge_url", "max_requests", "against"):
             if getattr(args, name) is not None:

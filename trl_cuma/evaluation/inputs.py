@@ -91,6 +91,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 def check_paths(args: argparse.Namespace) -> None:
     """
+    Check what paths lead to; `args.neutral` becomes the questions that it holds.
+
     Raises:
         `FileNotFoundError`: A path leads nowhere.
         `ValueError`: A model is an adapter or an adapter is none; or the reference map is none, or not used.
@@ -115,7 +117,7 @@ def check_paths(args: argparse.Namespace) -> None:
         if not args.neutral.is_file():
             raise FileNotFoundError(f"`--neutral` {args.neutral} is no file.")
         with named("`--neutral`"):
-            read_neutral_questions(args.neutral)
+            args.neutral = read_neutral_questions(args.neutral)
 
 
 def _is_path(name: str) -> bool:

@@ -15,6 +15,7 @@ from ..data.prompts import TEMPLATES, PromptFormat
 from ..data.survey import OPTION_LETTERS, Question
 from .metrics.stereotypes import neutral_divergence
 from .prediction import SurveyPrediction
+from .preference_rows import with_opening, without_opening
 from .resampling import metric
 
 MAX_PROFILES = 32
@@ -85,13 +86,11 @@ def neutral_rows(questions: list[Question], rows: Dataset, demographic_column: s
     for question in questions:
         for index in drawn:
             profile = profiles[names[index]]
-            opening = wording.opening(profile, "survey")
-            system = [] if opening.system is None else [{"role": "system", "content": opening.system}]
-            asked = {"role": "user", "content": opening.prefix + wording.question(question)}
+            asked = [{"role": "user", "content": wording.question(question)}]
             options = list(question.options)
             records.append(
                 {
-                    "prompt": [*system, asked],
+                    "prompt": with_opening(asked, profile, wording, "survey"),
                     "options": options,
                     # What is right is not asked.
                     "distribution": [1 / len(options)] * len(options),
@@ -122,17 +121,8 @@ def _wording(rows: Dataset, demographic_column: str) -> PromptFormat:
     for template in TEMPLATES:
         for place in ("system", "user", "none"):
             wording = PromptFormat(demographics=place, template=template)
-            if all(_opens(prompt, profile, wording) for prompt, profile in pairs):
+            if all(without_opening(prompt, profile, wording, "survey") is not None for prompt, profile in pairs):
                 return wording
     raise ValueError(
         "`--neutral` words its prompts as the rows do, and these are not worded as `trl-cuma prepare` words them."
     )
-
-
-def _opens(prompt: Any, profile: Mapping[str, Any], wording: PromptFormat) -> bool:
-    if isinstance(prompt, str):
-        return False
-    opening = wording.opening(profile, "survey")
-    system = [message["content"] for message in prompt if message["role"] == "system"]
-    users = [message["content"] for message in prompt if message["role"] == "user"]
-    return system == ([] if opening.system is None else [opening.system]) and users[0].startswith(opening.prefix)

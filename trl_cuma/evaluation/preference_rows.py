@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
-from ..data.prompts import TEMPLATES, PromptFormat
+from ..data.prompts import TEMPLATES, PromptFormat, Task
 from ..data.survey import OPTION_LETTERS
 from ..demographics.profile import is_vector, read_profiles
 from .option_tokens import Prompt, prompt_key
@@ -182,7 +182,7 @@ def states_profile(prompts: Sequence[Prompt], demographics: Sequence[Any]) -> tu
         for template in TEMPLATES:
             for place in ("system", "user"):
                 wording = PromptFormat(demographics=place, template=template)
-                if all(_without_opening(prompt, value, wording) is not None for prompt, value, _ in known):
+                if all(without_opening(prompt, value, wording) is not None for prompt, value, _ in known):
                     return True, wording
     held = 0
     for prompt, _, profile in known:
@@ -221,11 +221,11 @@ def _spread(
     found: list[tuple[int, Prompt, Any]] = []
     asked = set()
     for prompt, value in zip(prompts, demographics, strict=True):
-        rest = prompt if wording is None else _without_opening(prompt, value, wording)
+        rest = prompt if wording is None else without_opening(prompt, value, wording)
         if rest is None or prompt_key(rest) in asked:
             continue
         chosen = [unique[index] for index in rng.choice(len(unique), size, replace=False)]
-        worded = [rest if wording is None else _with_opening(rest, other, wording) for other in chosen]
+        worded = [rest if wording is None else with_opening(rest, other, wording) for other in chosen]
         if all(map(fits, worded)):
             found += [(len(asked), each, other) for each, other in zip(worded, chosen, strict=True)]
             asked.add(prompt_key(rest))
@@ -234,9 +234,11 @@ def _spread(
     return found, None if found else "no prompt that could be worded for several profiles fits the model's context"
 
 
-def _without_opening(prompt: Prompt, profile: Mapping[str, Any], wording: PromptFormat) -> Prompt | None:
+def without_opening(
+    prompt: Prompt, profile: Mapping[str, Any], wording: PromptFormat, task: Task = "chat"
+) -> Prompt | None:
     """A conversation without what it says of the profile; `None` where it does not begin so."""
-    opening = wording.opening(profile, "chat")
+    opening = wording.opening(profile, task)
     messages = [] if isinstance(prompt, str) else list(prompt)
     if opening.system is not None:
         if not messages or (messages[0]["role"], messages[0]["content"]) != ("system", opening.system):
@@ -247,8 +249,9 @@ def _without_opening(prompt: Prompt, profile: Mapping[str, Any], wording: Prompt
     return [{**messages[0], "content": messages[0]["content"].removeprefix(opening.prefix)}, *messages[1:]]
 
 
-def _with_opening(rest: Prompt, profile: Mapping[str, Any], wording: PromptFormat) -> Prompt:
-    opening = wording.opening(profile, "chat")
+def with_opening(rest: Prompt, profile: Mapping[str, Any], wording: PromptFormat, task: Task = "chat") -> Prompt:
+    """A conversation that begins with what the wording says of the profile."""
+    opening = wording.opening(profile, task)
     system = [] if opening.system is None else [{"role": "system", "content": opening.system}]
     first, *more = rest
     return [*system, {**first, "content": opening.prefix + first["content"]}, *more]
