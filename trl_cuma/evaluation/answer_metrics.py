@@ -11,7 +11,7 @@ import numpy as np
 from .cell_scores import Scores, add_note
 from .group_cells import value_or_nan
 from .metrics.cells import nll
-from .metrics.choices import macro_f1, wvb_emd
+from .metrics.choices import country_accuracies, macro_f1, wvb_emd
 from .metrics.intervals import Estimate, bootstrap_interval
 from .prediction import SurveyPrediction
 from .resampling import metric, number_labels, resampled_mean
@@ -71,13 +71,15 @@ def answer_metrics(prediction: SurveyPrediction, person: np.ndarray, options: Ma
 
 
 def macro_accuracy(
-    answers: Scores, prediction: SurveyPrediction, country: Sequence[str | None], options: Mapping[str, int]
+    prediction: SurveyPrediction, country: Sequence[str | None], options: Mapping[str, int]
 ) -> dict[str, Any]:
     """Mean over countries of the accuracy in each; `country` is that of each cell."""
-    names = [country[cell] for cell in prediction.answer_cell.tolist()]
-    code = np.array([-1 if name is None else number for name, number in zip(names, number_labels(names), strict=True)])
-    totals = np.bincount(code + 1, answers.weights)[1:]
-    right = np.bincount(code + 1, answers.weights * answers.columns["accuracy"])[1:]
-    values = right[totals > 0] / totals[totals > 0]
+    cell = prediction.answer_cell
+    values = country_accuracies(
+        prediction.answer_choice,
+        prediction.predicted.argmax(1)[cell],
+        np.array(country, dtype=object)[cell],
+        prediction.answer_weight,
+    )
     label = np.arange(len(values))
     return metric(resampled_mean(values, [label, label], **options), "country")

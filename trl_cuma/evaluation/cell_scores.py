@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,8 +57,7 @@ class Denominator(NamedTuple):
         name (`str`): For the note.
         function (`Callable`): The means of the metric's columns → the denominator.
         least (`float`): Least lower bound, in nats.
-        bounded (`bool`): Whether the lower bound must be known; else the value decides where clusters are too few for
-            an interval.
+        bounded (`bool`): Whether the lower bound must be known.
     """
 
     name: str
@@ -176,9 +175,7 @@ def measure(
         what, divisor, least, bounded = formula.denominator
         for run in np.split(values[rows], len(runs), axis=1):
             found = bootstrap_interval(run, clusters, divisor, **options)
-            if found.low is None and not bounded:
-                found = replace(found, low=found.value)
-            if note := denominator_note(found, what, least):
+            if note := denominator_note(found, what, least, bounded=bounded):
                 return Estimate(None, None, None, found.n, note), unit
     return bootstrap_interval(values[rows], clusters, function, **options), unit
 

@@ -117,9 +117,7 @@ def score_prediction(
         document["metrics"] |= answer_metrics(prediction, person, options)
         if "country" in fields:
             country = [prediction.demographic[index].get("country") for index in prediction.profile.tolist()]
-            document["metrics"]["country_macro_accuracy"] = macro_accuracy(
-                tables["answers"], prediction, country, options
-            )
+            document["metrics"]["country_macro_accuracy"] = macro_accuracy(prediction, country, options)
     document["groups"] = {
         field: _groups(
             groups[field], cells_by(field), tables.get("answers"), prediction, person, min_group_size, options

@@ -82,13 +82,20 @@ def country_macro_accuracy(
     Raises:
         `ValueError`: as [`accuracy`], or no answer has a country.
     """
+    found = country_accuracies(truth, predicted, country, weights)
+    if not len(found):
+        raise ValueError("`country` is missing in every row, so there is no mean over countries.")
+    return float(np.mean(found))
+
+
+def country_accuracies(
+    truth: np.ndarray, predicted: np.ndarray, country: Sequence[str | None], weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Each country's [`accuracy`], `(countries,)`; see [`country_macro_accuracy`] for the arguments."""
     truth, predicted, weights = _check(truth, predicted, weights)
     country = np.array(country, dtype=object)
-    names = sorted({name for name in country if name is not None})
-    if not names:
-        raise ValueError("`country` is missing in every row, so there is no mean over countries.")
-    parts = [country == name for name in names]
-    return float(np.mean([accuracy(truth[part], predicted[part], weights[part]) for part in parts]))
+    parts = [country == name for name in dict.fromkeys(name for name in country if name is not None)]
+    return np.array([accuracy(truth[part], predicted[part], weights[part]) for part in parts])
 
 
 def wvb_emd(truth: Sequence[float], predicted: Sequence[float | None], low: float, high: float) -> float:

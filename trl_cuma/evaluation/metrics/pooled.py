@@ -57,7 +57,7 @@ def kl_explained(
     return gap_closed(model, information, 0.0) if information >= MIN_INFORMATION else float("nan")
 
 
-def denominator_note(denominator: Estimate, name: str, least: float) -> str | None:
+def denominator_note(denominator: Estimate, name: str, least: float, *, bounded: bool = True) -> str | None:
     """
     Why an index is not reported: its denominator may be near zero, where the quotient means nothing.
 
@@ -65,13 +65,16 @@ def denominator_note(denominator: Estimate, name: str, least: float) -> str | No
         denominator (`Estimate`): The denominator and its interval.
         name (`str`): What it is, for the note.
         least (`float`): Least lower bound, in nats.
+        bounded (`bool`): Whether the lower bound must be known; else the value decides where clusters are too few for
+            an interval.
 
     Returns:
         `str`, or `None` where the denominator is far enough from zero.
     """
-    if denominator.low is not None and denominator.low >= least:
+    low = denominator.value if denominator.low is None and not bounded else denominator.low
+    if low is not None and low >= least:
         return None
-    bound = f"unknown ({denominator.note})" if denominator.low is None else f"{denominator.low:.3f} nats"
+    bound = f"unknown ({denominator.note})" if low is None else f"{low:.3f} nats"
     return f"n/a: the lower bound of {name} is {bound}, where {least} nats are needed"
 
 

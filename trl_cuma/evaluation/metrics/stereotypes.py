@@ -9,7 +9,6 @@ Shapes are those of `cells`. "Between" is the divergence of profiles from their 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,8 +95,7 @@ def stereotyping_table(
             )
 
         def quotient(columns: list[int], denominator: Estimate, what: str) -> Estimate:
-            low = denominator.value if denominator.low is None else denominator.low
-            note = denominator_note(replace(denominator, low=low), what, MIN_INFORMATION)
+            note = denominator_note(denominator, what, MIN_INFORMATION, bounded=False)
             return Estimate(None, None, None, denominator.n, note) if note else estimate(columns)
 
         between, true_between, true_entropy = (estimate([column]) for column in (0, 1, 3))
