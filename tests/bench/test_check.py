@@ -12,6 +12,7 @@ from trl_cuma.bench.check import check, read_published, table
 SUITE = SimpleNamespace(
     data=SimpleNamespace(headline="emd"),
     arms=[SimpleNamespace(key="cuma")],
+    compare=[],
     worlds=(1, 2),
     training=SimpleNamespace(steps=400, factors=(1,)),
 )
@@ -30,6 +31,23 @@ def test_a_new_world_is_held_against_the_prediction_interval():
     assert (inside.low, inside.high) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
     assert inside.inside and not outside.inside
     assert "1 of 2 inside" in table(SUITE, [inside, outside])
+
+
+def test_a_compared_pair_is_held_against_the_interval_of_its_ratios():
+    pair = SimpleNamespace(**{**vars(SUITE), "arms": [SimpleNamespace(key=key) for key in ("cuma", "film")]})
+    pair.compare = [["cuma", "film"], ["cuma", "marginal"]]
+
+    def of_both(cuma: dict[str, float], film: dict[str, float]) -> dict:
+        return {"chosen": {}, "sft": {**results(cuma)["sft"], "film": results(film)["sft"]["cuma"]}}
+
+    # log ratios -1, 0, 1: mean 0, s = 1. Both arms of the new world are far outside, their ratio is not.
+    published = of_both({"0": math.exp(-1), "1": 0.5, "2": 0.5}, {"0": 1.0, "1": 0.5, "2": 0.5 / math.e})
+    checked = check(pair, published, of_both({"7": 80.0}, {"7": 40.0}))
+    assert [one.what for one in checked] == ["cuma", "film", "cuma ÷ film"]
+    assert [one.inside for one in checked] == [False, False, True]
+    half = 4.302653 * math.sqrt(1 + 1 / 3)
+    assert (checked[2].value, checked[2].published) == pytest.approx((2.0, 1.0))
+    assert (checked[2].low, checked[2].high) == pytest.approx((math.exp(-half), math.exp(half)), rel=1e-6)
 
 
 PUBLISHED = results({"7": 0.1, "8": 0.2})

@@ -196,6 +196,7 @@ def test_a_new_world_is_checked_with_the_published_settings(finished, tmp_path, 
     assert main([*check, "--worlds", "9"]) == 0
     text = capsys.readouterr().out
     assert "of 6 inside" in text  # 3 splits × 2 budgets
+    assert (tmp_path / "check.md").read_text() in text
     assert {path.parent.name for path in (tmp_path / "sft").rglob("*-4")} == {"cuma"}
     assert main([*check, "--worlds", "0"]) == 2
     assert "World 0 is published" in capsys.readouterr().err

@@ -14,22 +14,23 @@ import numpy as np
 from ..evaluation.metrics.intervals import prediction_interval
 from .comparison import by_world
 from .sources import PreparedData
-from .suite import Suite
+from .suite import MARGINAL, Suite
 
 
 @dataclass(frozen=True)
 class Checked:
     """
-    One arm's headline metric (EMD; log-loss of prepared data) on one split of one new world.
+    The headline metric (EMD; log-loss of prepared data) on one split of one new world: an arm's, or what a pair that
+    the suite compares has of it, the first arm's ÷ the second's.
 
     Args:
-        arm (`str`), split (`str`), budget (`int`), world (`str`): Which.
+        what (`str`), split (`str`), budget (`int`), world (`str`): Which.
         value (`float`): The new one.
-        published (`float`), low (`float`), high (`float`): Mean of the published worlds, and the 95 % prediction
-            interval of one more.
+        published (`float`), low (`float`), high (`float`): Mean of the published worlds (of ratios, the geometric
+            one), and the 95 % prediction interval of one more.
     """
 
-    arm: str
+    what: str
     split: str
     budget: int
     world: str
@@ -99,17 +100,28 @@ def check(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> list[
 
 
 def _checked(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> Iterator[Checked]:
-    metric = suite.data.headline
-    for arm in suite.arms:
-        run = next(iter(new["sft"][arm.key].values()))
+    arms = [arm.key for arm in suite.arms]
+    run = next(iter(new["sft"][arms[0]].values()))
+    pairs = [pair for pair in suite.compare if MARGINAL not in pair]
+    for what in [[arm] for arm in arms] + pairs:
         for budget, found in run["budgets"].items():
             for split in found["splits"]:
-                before = np.array(list(by_world(published, arm.key, int(budget), split, metric).values()))
-                expected = prediction_interval(before)
-                for world, value in by_world(new, arm.key, int(budget), split, metric).items():
-                    yield Checked(
-                        arm.key, split, int(budget), world, value, expected.value, expected.low, expected.high
-                    )
+                before, after = (_logs(suite, results, what, int(budget), split) for results in (published, new))
+                # An arm's own values are taken as they are; ratios are symmetric as logarithms.
+                scale, back = (np.exp, float) if len(what) == 1 else (float, np.exp)
+                expected = prediction_interval(np.array([scale(value) for value in before.values()]))
+                numbers = [float(back(value)) for value in (expected.value, expected.low, expected.high)]
+                for world, value in after.items():
+                    yield Checked(" ÷ ".join(what), split, int(budget), world, float(np.exp(value)), *numbers)
+
+
+def _logs(suite: Suite, results: dict[str, Any], what: list[str], budget: int, split: str) -> dict[str, float]:
+    """World → logarithm of an arm's metric, or of two arms' ratio."""
+    values = [by_world(results, arm, budget, split, suite.data.headline) for arm in what]
+    return {
+        world: float(np.log(value) - sum(np.log(other[world]) for other in values[1:]))
+        for world, value in values[0].items()
+    }
 
 
 def table(suite: Suite, checked: list[Checked]) -> str:
@@ -119,7 +131,7 @@ def table(suite: Suite, checked: list[Checked]) -> str:
         "|---|---|---:" + "|---:" * 4 + "|---|",
     ]
     lines += [
-        f"| {one.arm} | {one.split.replace('_', ' ')} | {one.budget} | {one.world} | {one.value:.4f} | "
+        f"| {one.what} | {one.split.replace('_', ' ')} | {one.budget} | {one.world} | {one.value:.4f} | "
         f"{one.published:.4f} | [{one.low:.4f}, {one.high:.4f}] | {'' if one.inside else 'outside'} |"
         for one in checked
     ]

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         runner.write("tables.md", text)
     else:
         text = table(suite, check(suite, published, runner.measure(published["chosen"])))
+        runner.write("check.md", text)
     print(text)
     print(f"Runs and tables: {runner.output_dir}.")
     return 0
