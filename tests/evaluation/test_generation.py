@@ -16,8 +16,9 @@ from peft import get_peft_model
 from transformers import GenerationConfig
 
 from trl_cuma import CuMAConfig, FieldEncoder
-from trl_cuma.evaluation.generation import GeneratedAnswers, answer_diversity, encode_prompt, generate_answers
-from trl_cuma.evaluation.row_sampling import row_sampling
+from trl_cuma.evaluation.generation import GeneratedAnswers, answer_diversity, generate_answers
+from trl_cuma.generation.batches import encode_prompt
+from trl_cuma.generation.row_sampling import row_sampling
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
 PEOPLE = [{"country": country, "age": age} for country in ("Brazil", "Japan") for age in ("18", "70")]

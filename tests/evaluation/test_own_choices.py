@@ -11,7 +11,7 @@ from peft import get_peft_model
 from trl_cuma import CuMAConfig, FieldEncoder
 from trl_cuma.evaluation.own_choices import OwnChoices, encode_candidates, own_choice_accuracy
 from trl_cuma.evaluation.resampling import crossed_clusters, resampled_mean
-from trl_cuma.evaluation.vectors import NOT_KNOWN
+from trl_cuma.generation.vectors import NOT_KNOWN
 from trl_cuma.testing import chat_tokenizer, tiny_model
 
 ANN, BEN = {"country": "Brazil"}, {"country": "Japan"}

@@ -240,10 +240,10 @@ def _topology(
 ) -> dict[str, Any]:
     """The document's `topology`, or the reason why a CuMA adapter has none: what was measured is not lost with it."""
     from ..adapter import CuMAConfig
+    from ..generation.vectors import demographic_table
     from .evaluation_data import people_of
     from .profile_routing import routing_config
     from .topology import evaluate_topology, fields_with_groups
-    from .vectors import demographic_table
 
     if not any(isinstance(config, CuMAConfig) for config in getattr(model, "peft_config", {}).values()):
         if args.reference_map:

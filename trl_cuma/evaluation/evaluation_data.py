@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..data.prompts import read_letters
-from .inputs import named
+from ..generation.loading import named
 from .option_tokens import Prompt, prompt_key
 from .rows import AnswerBy, SurveyRows, read_rows
 

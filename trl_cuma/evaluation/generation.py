@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -20,18 +19,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
+from ..generation.batches import Prompt, context_length, encode_prompt, end_tokens, generate_batch, greedy_config
+from ..generation.row_sampling import row_sampling
+from ..generation.vectors import profile_vectors
 from .answer_store import Answer, AnswerStore, model_fingerprint
 from .metrics.diversity import distinct_ratio
-from .option_tokens import Prompt, prompt_key
-from .options import context_length
+from .option_tokens import prompt_key
 from .resampling import metric, number_labels
-from .row_sampling import row_sampling
-from .vectors import profile_vectors
-
-# What samples or searches in a model's own generation settings. Sampling is done by `row_sampling` instead.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
-_GREEDY |= dict.fromkeys(["temperature", "top_k", "top_p", "top_h", "min_p", "typical_p"])
-_GREEDY |= dict.fromkeys(["epsilon_cutoff", "eta_cutoff"])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +131,7 @@ def generate_answers(
     encoded = [encode_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     _check_lengths(model, encoded, max_new_tokens)
     vectors = profile_vectors(model, demographics, table)
-    config = _greedy_config(model, tokenizer, max_new_tokens)
+    config = greedy_config(model, tokenizer, max_new_tokens)
     store = None if cache_path is None else AnswerStore(cache_path)
     settings = _digest(
         {name: value for name, value in config.to_dict().items() if name != "transformers_version"},
@@ -234,17 +228,6 @@ def answer_diversity(
     return metric(estimate, "prompt") | {"words": n}
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None
-) -> list[int]:
-    """A prompt's tokens as TRL's trainers make them: text by itself, messages up to where the answer begins."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
-    )["input_ids"]
-
-
 def _generate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -253,40 +236,13 @@ def _generate(
     config: GenerationConfig,
     processors: LogitsProcessorList,
 ) -> list[Answer]:
-    device = next(model.parameters()).device
-    width = max(len(tokens) for tokens in encoded)
-    ids = torch.full((len(encoded), width), config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(encoded):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = 1
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if embeds is not None:
-        inputs["demographic_embeds"] = embeds.to(device)
-    with torch.no_grad():
-        output = model.generate(**inputs, generation_config=copy.deepcopy(config), logits_processor=processors)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = end_tokens(config)
     answers = []
-    for tokens in output[:, width:].tolist():
+    for tokens in generate_batch(model, encoded, embeds, config, processors):
         end = next((place for place, token in enumerate(tokens, start=1) if token in ends), None)
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
         answers.append(Answer(text, end or len(tokens), end is not None))
     return answers
-
-
-def _greedy_config(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
-    config = copy.deepcopy(model.generation_config)
-    config.update(**_GREEDY, max_new_tokens=max_new_tokens)
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        if config.pad_token_id is None:  # what it is makes no difference: it is masked
-            config.pad_token_id = ends[0] if isinstance(ends, list) else ends or 0
-    return config
 
 
 def _check_settings(num_samples: int, temperature: float, top_p: float, max_new_tokens: int, batch_size: int) -> None:

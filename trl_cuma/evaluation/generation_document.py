@@ -183,8 +183,7 @@ def draw(
     args: argparse.Namespace, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, Dataset]
 ) -> dict[str, DrawnRows]:
     """The rows of each split to write answers for, see [`~trl_cuma.evaluation.preference_rows.draw_rows`]."""
-    from .generation import encode_prompt
-    from .options import context_length
+    from ..generation.batches import context_length, encode_prompt
     from .preference_rows import draw_rows
 
     limit = context_length(model) or float("inf")
@@ -236,12 +235,12 @@ def write_answers(
     drawn: Mapping[str, DrawnRows],
 ) -> dict[str, WrittenAnswers]:
     """Answer the rows of each split. Under `accelerate launch` all processes must call it."""
+    from ..generation.vectors import demographic_table
     from .answer_store import model_fingerprint
     from .generation import answer_diversity, generate_answers
     from .metrics.intervals import Estimate
     from .preference_rows import states_profile
     from .resampling import metric
-    from .vectors import demographic_table
 
     settings: dict[str, Any] = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     settings |= {"seed": args.seed, "batch_size": args.generate_batch}

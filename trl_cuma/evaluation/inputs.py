@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation import loading
 from . import generation_document as generation
 
 if TYPE_CHECKING:
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
 
 COLUMNS = {"demographic_column": "demographic", "person_column": "person_id"}
 """Options that name a column, and its name where they are not given: rows may lack it then."""
-
-ADAPTER_FILE = "adapter_config.json"
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -37,8 +32,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default=None, help="id or folder of a causal language model; default: the adapter's base")
-    add("--adapter", default=None, help="folder or id of a PEFT adapter of any kind")
+    loading.add_model_arguments(parser)
     add("--data", required=True, help="what `trl-cuma prepare` wrote, or rows like it; or the id of a data set")
     add("--data_config", default=None, help="configuration of the data set")
     add("--split", nargs="+", default=["test"], help="splits to evaluate; default: test")
@@ -81,10 +75,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--reference_map", type=Path, default=None, help="CSV of group, x, y, to hold the map against")
     group = parser.add_argument_group("model")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the model's own")
-    group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to NF4 (bitsandbytes)")
     group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch; default: 8192")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    loading.add_loading_arguments(group)
     generation.add_arguments(parser)
     return parser
 
@@ -97,18 +89,9 @@ def check_paths(args: argparse.Namespace) -> None:
         `FileNotFoundError`: A path leads nowhere.
         `ValueError`: A model is an adapter or an adapter is none; or the reference map is none, or not used.
     """
-    for name in ("data", "model", "adapter", "against"):
-        value = getattr(args, name)
-        if value is not None and _is_path(value) and not os.path.exists(value):
-            raise FileNotFoundError(f"`--{name}` is {value!r}, and there is no such file or folder.")
-    if args.model is not None and os.path.isfile(os.path.join(args.model, ADAPTER_FILE)):
-        raise ValueError(f"`--model` is {args.model!r}, the folder of an adapter. Pass it as `--adapter`.")
-    if args.adapter is not None and os.path.isdir(args.adapter):
-        if not os.path.isfile(os.path.join(args.adapter, ADAPTER_FILE)):
-            raise ValueError(
-                f"`--adapter` is {args.adapter!r}, a folder without {ADAPTER_FILE}. Name the one that training wrote, "
-                "or a checkpoint in it; pass a whole model as `--model`."
-            )
+    for name in ("data", "against"):
+        loading.check_path(f"--{name}", getattr(args, name))
+    loading.check_model_paths(args.model, args.adapter)
     if args.reference_map is not None:
         _check_reference_map(args)
     if args.neutral is not None:
@@ -116,13 +99,8 @@ def check_paths(args: argparse.Namespace) -> None:
 
         if not args.neutral.is_file():
             raise FileNotFoundError(f"`--neutral` {args.neutral} is no file.")
-        with named("`--neutral`"):
+        with loading.named("`--neutral`"):
             args.neutral = read_neutral_questions(args.neutral)
-
-
-def _is_path(name: str) -> bool:
-    """Whether it can't be an id on the Hub: "runs/cuma" could be one, "./cuma" and "runs/sft/cuma" could not."""
-    return name.startswith((".", "~", os.sep)) or ("://" not in name and name.count("/") > 1)
 
 
 def _check_reference_map(args: argparse.Namespace) -> None:
@@ -167,15 +145,6 @@ def set_columns(args: argparse.Namespace, splits: Mapping[str, Dataset]) -> None
                 )
 
 
-@contextlib.contextmanager
-def named(what: str) -> Iterator[None]:
-    """Errors of libraries about something that was not found or can't be read, with the option that it is from."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
-
-
 def load_model(
     args: argparse.Namespace,
     model_id: str | None,
@@ -196,51 +165,27 @@ def load_model(
     Raises:
         `ValueError`: Something can't be found or read, or rows are conversations and there is no chat template.
     """
-    import torch
-    from accelerate import PartialState
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from peft import get_peft_model_state_dict
 
-    import trl_cuma  # noqa: F401  its adapters can be loaded from here on
-
-    of_adapter = f"`{option or '--adapter'}` {adapter}"
-    name, of_model = model_id, f"`{option or '--model'}` {model_id}"
-    if name is None:
-        with named(of_adapter):
-            name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        if not name:
-            raise ValueError(f"{of_adapter} doesn't say which model it is for. Name it with `--model`.")
-        of_model = f"{of_adapter} is for the model {name}; where that is elsewhere now, name it with `--model`"
-    # What training saved beside the adapter may have another chat template.
-    own = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
-    with named(of_adapter if own else of_model):
-        tokenizer = AutoTokenizer.from_pretrained(adapter if own else name, trust_remote_code=args.trust_remote_code)
-    _check_chat_template(tokenizer, adapter if own else name, splits)
-    quantization = None
-    if args.load_in_4bit:
-        compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    with named(of_model):
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=args.dtype,
-            quantization_config=quantization,
-            device_map={"": PartialState().device},
-            trust_remote_code=args.trust_remote_code,
-        )
-    about: dict[str, Any] = {"name": str(name), "adapter": adapter, "parameters_trained": None}
-    if adapter:
-        with named(of_adapter):
-            model = PeftModel.from_pretrained(model, adapter)
-        about["parameters_trained"] = sum(values.numel() for values in get_peft_model_state_dict(model).values())
-    return model.eval(), tokenizer, about
+    model, tokenizer, name = loading.load_model(
+        model_id,
+        adapter,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+        option=option,
+        check_tokenizer=lambda tokenizer, where: _check_chat_template(tokenizer, where, splits),
+    )
+    trained = sum(values.numel() for values in get_peft_model_state_dict(model).values()) if adapter else None
+    return model, tokenizer, {"name": name, "adapter": adapter, "parameters_trained": trained}
 
 
 def _check_chat_template(tokenizer: Any, name: str | None, splits: Mapping[str, Dataset]) -> None:
     from datasets import Value
 
-    # Some tokenizers word conversations without a template, and have no such attribute.
-    if getattr(tokenizer, "chat_template", "none is needed"):
+    from ..generation.batches import has_chat_template
+
+    if has_chat_template(tokenizer):
         return
     for split, rows in splits.items():
         if "messages" in rows.features or not isinstance(rows.features.get("prompt"), Value | None):

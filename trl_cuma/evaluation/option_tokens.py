@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A text, or the messages of a conversation up to the answer."""
+from ..generation.batches import Prompt
 
 PROMPTS_PER_CALL = 500
 NEAR = 64  # characters

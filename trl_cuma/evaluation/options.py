@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.survey import Survey, format_completion, format_prompt
+from ..generation.batches import context_length
 from .option_tokens import EncodedOptions, Prompt, encode_options, prompt_key
 
 POSITIONS_PER_SUM = 1024  # of logits that are summed in float32 at once
@@ -227,12 +228,6 @@ def split_options(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities `(cells, max_options)` → distributions over the options, and the probability outside them."""
     probs = np.exp(log_probs - log_probs.max(1, keepdims=True))  # so that the least likely text still has a share
     return probs / probs.sum(1, keepdims=True), 1 - np.exp(log_probs).sum(1)
-
-
-def context_length(model: torch.nn.Module) -> int | None:
-    """The longest input that the model was made for; `None` where its positions have no end (ALiBi)."""
-    config = extract_model_from_parallel(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 class _Sequence(NamedTuple):

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..demographics import DemographicTable
+from ..generation.batches import context_length
+from ..generation.vectors import NOT_KNOWN, can_encode, demographic_table
 from .option_tokens import EncodedOptions, Prompt, prompt_key
-from .options import context_length, score_options
+from .options import score_options
 from .resampling import metric, number_labels, resampled_mean
-from .vectors import NOT_KNOWN, can_encode, demographic_table
 
 TIE = 1e-6  # of the log-likelihoods' size: equal up to rounding
 UNIT = "person × prompt"

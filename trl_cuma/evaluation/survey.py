@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from ..data.survey import Cells, Survey, format_completion, format_prompt
 from ..demographics import DemographicProfile, DemographicTable, FieldEncoder, TextEncoder
 from ..demographics.profile import is_vector
+from ..generation.batches import context_length
+from ..generation.vectors import NOT_KNOWN, can_encode, demographic_table
 from .option_orders import Order, ask, predict
-from .options import context_length
 from .prediction import SurveyPrediction
 from .rows import REPEATED, AnswerBy, SurveyRows, read_rows, reordered_prompt
-from .vectors import NOT_KNOWN, can_encode, demographic_table
 
 __all__ = ["SurveyPrediction", "predict_rows", "predict_survey"]
 
