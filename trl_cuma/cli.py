@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": (".data.command", "main", "convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA"),
     "evaluate": (".evaluation.command", "main_evaluate", "measure a model on people and questions that were held out"),
     "compare": (".evaluation.command", "main_compare", "put evaluations side by side, with paired intervals"),
+    "export": (".export.command", "main", "turn an adapter into one plain LoRA per profile, for any engine"),
     "bench": (".bench.command", "main", "train and measure baselines and CuMA by the same recipe"),
 }
 

@@ -22,36 +22,51 @@ MARGINAL_ROWS = 500_000
 """Training rows that the marginal is taken from; of more, so many are drawn."""
 
 
+def read_data(
+    data: str, config: str | None = None, option: str = "--data", split_option: str = "--split"
+) -> DatasetDict:
+    """
+    All splits of a data set. A single one that `save_to_disk` wrote is the split "test".
+
+    Args:
+        data (`str`): What `trl-cuma prepare` or `save_to_disk` wrote, or anything that `load_dataset` takes.
+        config (`str`, *optional*): Its configuration.
+        option, split_option (`str`): Where it and its split are from, for errors.
+
+    Raises:
+        `ValueError`: It can't be loaded.
+    """
+    if os.path.exists(os.path.join(data, WHOLE)):
+        return load_from_disk(data)
+    if os.path.exists(os.path.join(data, "state.json")):
+        whole, name = os.path.split(os.path.abspath(data))
+        if os.path.exists(os.path.join(whole, WHOLE)):
+            raise ValueError(
+                f"`{option}` is {data!r}, one split of {whole}. Pass that folder, and the split by "
+                f"`{split_option} {name}`."
+            )
+        return DatasetDict(test=load_from_disk(data))
+    with named(f"`{option}` {data}"):
+        found = load_dataset(data, name=config)
+    assert isinstance(found, DatasetDict)
+    return found
+
+
 def load_splits(
     data: str, config: str | None, splits: Sequence[str], train_split: str
 ) -> tuple[dict[str, Dataset], Dataset | None]:
     """
     The splits to evaluate, and the training split, if there is one.
 
-    A single data set that `save_to_disk` wrote is the split "test", without training answers.
-
     Args:
-        data (`str`): What `trl-cuma prepare` or `save_to_disk` wrote, or anything that `load_dataset` takes.
-        config (`str`, *optional*): Its configuration.
+        data (`str`), config (`str`, *optional*): See [`read_data`].
         splits (`Sequence[str]`): To evaluate.
         train_split (`str`): Whose answers make the marginal.
 
     Raises:
         `ValueError`: It can't be loaded, there is no such split, or the training split is among those to evaluate.
     """
-    if os.path.exists(os.path.join(data, WHOLE)):
-        found = load_from_disk(data)
-    elif os.path.exists(os.path.join(data, "state.json")):
-        whole, name = os.path.split(os.path.abspath(data))
-        if os.path.exists(os.path.join(whole, WHOLE)):
-            raise ValueError(
-                f"`--data` is {data!r}, one split of {whole}. Pass that folder, and the split by `--split {name}`."
-            )
-        found = DatasetDict(test=load_from_disk(data))
-    else:
-        with named(f"`--data` {data}"):
-            found = load_dataset(data, name=config)
-    assert isinstance(found, DatasetDict)
+    found = read_data(data, config)
     for split in splits:
         if split not in found:
             raise ValueError(

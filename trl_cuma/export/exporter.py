@@ -80,8 +80,9 @@ class Exporter:
             self.fitted, self.held_out = self.how.split(len(self.encoded))
         elif not self.exact:
             raise ValueError(
-                "This adapter's LoRA for a profile is an approximation, fitted to prompts: its router reads the token, "
-                "or the profile shifts the experts (FiLM), or `rank` is below what an exact one takes. Pass `prompts`."
+                "This adapter's LoRA for a profile is an approximation, fitted to prompts: its router reads the "
+                "token, or the profile shifts the experts (FiLM), or `rank` is below what an exact one takes. Pass "
+                "`prompts`."
             )
 
     def export(self, embeds: torch.Tensor, description: str | None = None) -> Exported:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,6 +24,26 @@ def check_output_dir(output_dir: str | os.PathLike[str]) -> Path:
     return output
 
 
+@contextmanager
+def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    A folder to write into, that becomes `output_dir` when the context is left, and is gone if it is left by an error.
+
+    Raises:
+        `FileExistsError`: Something is there.
+    """
+    output = check_output_dir(output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the rename stays within one file system. Made by mkdtemp: the owner's alone.
+    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-incomplete-"))
+    try:
+        yield staging
+        staging.rename(check_output_dir(output))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def write_folder(files: Mapping[str, bytes], output_dir: str | os.PathLike[str]) -> Path:
     """
     Write files to a new folder, all or none.
@@ -37,16 +58,8 @@ def write_folder(files: Mapping[str, bytes], output_dir: str | os.PathLike[str])
     Raises:
         `FileExistsError`: Something is there.
     """
-    output = check_output_dir(output_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, so that the rename stays within one file system. Made by mkdtemp: the owner's alone.
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-incomplete-"))
-    try:
+    with staged_folder(output_dir) as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
             (staging / name).chmod(0o600)
-        staging.rename(check_output_dir(output))
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return output
+    return Path(output_dir).expanduser().resolve()
