@@ -173,8 +173,8 @@ def card(record: Record, exports: Exports) -> str:
         f"# LoRA of a CuMA adapter for one profile ({record.name})",
         "",
         f"A plain LoRA, rank {exports.rank}, scale 1, on {exports.base_model or 'its base model'}: how a Cultural "
-        f"Mixture of Adapters answers for the profile *{group}*. It needs PEFT, or an engine that serves LoRAs, and no "
-        "trl_cuma.",
+        f"Mixture of Adapters answers for the profile *{group}*. PEFT loads it, and so do engines that serve LoRAs; "
+        "trl_cuma isn't needed.",
         "",
         f"- {seen}",
         f"- {_nearness(record)}: KL(adapter ‖ LoRA) per token {found.mean_kl:.2g} nats in the mean and "
