@@ -71,7 +71,7 @@ def check_files(folder: Path) -> None:
             if match is None:
                 raise ValueError(f"{folder}: tensor {key!r} is no layer's lora_A or lora_B.")
             layer, side = match.groups()
-            if tensor.dim() != 2 or tensor.shape["BA".index(side)] != rank:
+            if tensor.dim() != 2 or tensor.shape["AB".index(side)] != rank:
                 raise ValueError(f"{folder}: {key!r} has shape {tuple(tensor.shape)}, and the rank is {rank}.")
             if not tensor.isfinite().all():
                 raise ValueError(f"{folder}: {key!r} has values that are not finite.")

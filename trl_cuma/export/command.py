@@ -178,7 +178,9 @@ def read_table(path: Path) -> list[tuple[str | None, dict[str, Any]]]:
         raise ValueError(f"`--profiles` {path} is a {path.suffix or 'file without ending'}; give a .csv or .jsonl.")
     found = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row or None in row.values() and path.suffix == ".csv":
+        if not isinstance(row, dict):
+            raise ValueError(f"`--profiles` {path}: row {number} is no object of fields.")
+        if path.suffix == ".csv" and (None in row or None in row.values()):  # how DictReader says it
             raise ValueError(f"`--profiles` {path}: row {number} has another number of columns than the first line.")
         name = row.pop(NAME, None)
         found.append(
@@ -225,8 +227,8 @@ def _training_data(args: argparse.Namespace) -> tuple[list[Any] | None, list[Any
             )
         if args.prompts is None and "prompt" in rows.column_names:
             drawn = np.random.default_rng(args.seed).permutation(len(rows))[: 50 * args.max_prompts]
-            prompts = list(rows.select(np.sort(drawn))["prompt"])
-            _check_profile_free(prompts, list(rows.select(np.sort(drawn))[args.demographic_column]))
+            looked_at = rows.select(np.sort(drawn))
+            prompts = _without_stated(list(looked_at["prompt"]), list(looked_at[args.demographic_column]))
     if args.prompts is not None:
         lines = _read_lines(Path(args.prompts), "--prompts")
         if not all(isinstance(line, dict) and line.get("prompt") for line in lines):
@@ -239,12 +241,11 @@ def _training_data(args: argparse.Namespace) -> tuple[list[Any] | None, list[Any
     return people, unique
 
 
-def _check_profile_free(prompts: list[Any], demographics: list[Any]) -> None:
+def _without_stated(prompts: list[Any], demographics: list[Any]) -> list[Any]:
+    """The prompts, unless they state people's profiles: those fit no single one."""
     from ..evaluation.preference_rows import states_profile
 
     states, _ = states_profile(prompts, demographics)
     if states:
-        raise ValueError(
-            "The prompts of `--train_data` state people's profiles, so that they fit no single one. Give `--prompts` "
-            "as the exports will get them."
-        )
+        print("The prompts of `--train_data` state people's profiles, so that they fit no single one: none is used.")
+    return [] if states else prompts
