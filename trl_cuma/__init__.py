@@ -3,7 +3,8 @@
 trl_cuma: Cultural Mixture of Adapters for TRL.
 
 Importing this package registers the PEFT method `CUMA`: `get_peft_model(model, CuMAConfig(...))` and
-`PeftModel.from_pretrained` then work. The trainers are imported on first use, since TRL takes seconds to import.
+`PeftModel.from_pretrained` then work. The trainers and the export are imported on first use, since TRL and others take
+seconds to import.
 """
 
 from importlib import import_module
@@ -20,6 +21,7 @@ from .demographics import (
 )
 
 if TYPE_CHECKING:
+    from .export import export_profile, export_profiles
     from .trainers import (
         CuMADPOConfig,
         CuMADPOTrainer,
@@ -54,6 +56,8 @@ __all__ = [
     "TextEncoder",
     "compute_gates",
     "encoder_from_state",
+    "export_profile",
+    "export_profiles",
     "grow_experts",
     "load_demographic_encoder",
     "reset_router",
@@ -61,6 +65,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # the others are there already: these are the trainers'
-        return getattr(import_module(".trainers", __name__), name)
+    if name in __all__:  # the others are there already
+        return getattr(import_module(".export" if name.startswith("export") else ".trainers", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trl_cuma import load_demographic_encoder
+from trl_cuma import export_profile, load_demographic_encoder
 from trl_cuma.export import Distillation, export_profiles
 from trl_cuma.generation.vectors import profile_vectors
 
@@ -100,6 +100,16 @@ def test_people_must_be_counted_or_waived(make_model, tokenizer, tmp_path, no_ch
     assert found.document()["exports"][0]["training_people"] is None
     with pytest.raises(FileExistsError, match="is there"):
         export_profiles(model, tokenizer, {"a": KENYA}, tmp_path / "out", min_people=0, show_progress=False)
+
+
+def test_one_profile_goes_into_a_folder_of_its_own(make_model, tokenizer, people, tmp_path, no_check_loads):
+    model = make_model(tmp_path / "base")
+    record = export_profile(model, tokenizer, KENYA, tmp_path / "loras/kenya", people=people)
+    assert record.exact and record.training_people.people == 120
+    assert json.loads((tmp_path / "loras/kenya/export.json").read_text())["profile"] == KENYA
+    assert [path.name for path in (tmp_path / "loras").iterdir()] == ["kenya"]
+    with pytest.raises(FileExistsError, match="is there"):
+        export_profile(model, tokenizer, KENYA, tmp_path / "loras/kenya", people=people)
 
 
 def test_a_process_without_trl_cuma_loads_it(make_model, tokenizer, people, tmp_path, no_check_loads):

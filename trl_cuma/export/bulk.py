@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,36 @@ def export_profiles(
         check_loads(folders, config.base_model_name_or_path, trust_remote_code=trust_remote_code)
         write_index(staging, exports)
     return exports
+
+
+def export_profile(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Mapping[str, Any],
+    output_dir: str | os.PathLike[str],
+    **options: Any,
+) -> Record:
+    """
+    Write the plain LoRA of one profile into a folder.
+
+    Args:
+        model, tokenizer, output_dir: See [`export_profiles`].
+        profile (`Mapping`): Fields of the profile.
+        options: See [`export_profiles`].
+
+    Returns:
+        [`~trl_cuma.export.folder.Record`]: How far it is from the routed model, and of how many people.
+
+    Raises:
+        ValueError, FileExistsError: See [`export_profiles`].
+    """
+    output = check_output_dir(output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-incomplete-") as scratch:
+        options = {"show_progress": False, **options}
+        exports = export_profiles(model, tokenizer, {output.name: profile}, Path(scratch) / "all", **options)
+        (Path(scratch) / "all" / output.name).rename(check_output_dir(output))
+    return exports.records[0]
 
 
 def _check_names(profiles: Mapping[str, Any]) -> None:
