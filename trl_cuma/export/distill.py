@@ -207,10 +207,9 @@ def distill(
         if len(order) < min(how.batch_size, len(rows)):
             order = draws.permutation(len(rows)).tolist()
         batch, order = rows.select(order[: how.batch_size]), order[how.batch_size :]
-        kl, _, places = _compare(model, batch, embeds, trained)
-        loss = (kl * places).sum() / places.sum()
+        kl, _, _ = _compare(model, batch, embeds, trained)
         optimizer.zero_grad()
-        loss.backward()
+        kl.mean().backward()
         optimizer.step()
         schedule.step()
     return {name: tuple(factor.detach() for factor in pair) for name, pair in trained.items()}
@@ -226,34 +225,38 @@ def measure(
     Raises:
         ValueError: One of them has logits that are not finite.
     """
-    means, agreed, tokens = [], 0, 0
+    sums, counts, agreed = [], [], 0
     for batch in rows.batches(batch_size):
-        kl, same, places = _compare(model, batch, embeds, factors)
-        means += ((kl * places).sum(1) / places.sum(1)).tolist()
-        agreed += int((same & places).sum())
-        tokens += int(places.sum())
+        kl, same, row = _compare(model, batch, embeds, factors)
+        sums += kl.new_zeros(len(batch)).index_add_(0, row, kl).tolist()
+        counts += row.bincount(minlength=len(batch)).tolist()
+        agreed += int(same.sum())
+    means = np.array(sums) / np.array(counts)
     if not np.isfinite(means).all():
         raise ValueError("The export or the routed model has logits that are not finite: there is no distance.")
     # Rounding makes a KL of equal distributions a little negative.
     mean, worst = (max(0.0, float(value)) for value in (np.mean(means), np.max(means)))
-    return Distance(mean, worst, agreed / tokens, len(means), tokens)
+    return Distance(mean, worst, agreed / sum(counts), len(counts), sum(counts))
 
 
 def _routed(model: PeftModel, rows: Answered, embeds: torch.Tensor) -> torch.Tensor:
-    device = next(model.parameters()).device
-    inputs, _ = rows.tensors(device)
-    profiles = embeds.to(device).expand(len(rows), -1)
+    inputs, _ = rows.tensors(_device(model))
+    profiles = embeds.to(_device(model)).expand(len(rows), -1)
     return model(**inputs, demographic_embeds=profiles, use_cache=False).logits
 
 
 def _compare(
     model: PeftModel, rows: Answered, embeds: torch.Tensor, factors: Mapping[str, Factors]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(rows, seq)`: KL, whether both have the same most likely token, and the answers' places."""
-    inputs, places = rows.tensors(next(model.parameters()).device)
+    """Of each token of the answers `(tokens,)`: KL, whether both have the same most likely token, and its row."""
+    inputs, places = rows.tensors(_device(model))
     with torch.no_grad():
-        routed = _routed(model, rows, embeds).float().log_softmax(-1)
+        routed = _routed(model, rows, embeds)[places].float().log_softmax(-1)
     with in_place_of_experts(model, factors):
-        exported = model(**inputs, use_cache=False).logits.float().log_softmax(-1)
+        exported = model(**inputs, use_cache=False).logits[places].float().log_softmax(-1)
     kl = (routed.exp() * (routed - exported)).sum(-1)
-    return kl, routed.argmax(-1) == exported.argmax(-1), places
+    return kl, routed.argmax(-1) == exported.argmax(-1), places.nonzero()[:, 0]
+
+
+def _device(model: PeftModel) -> torch.device:
+    return next(model.parameters()).device
