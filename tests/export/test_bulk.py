@@ -53,6 +53,22 @@ def test_the_folder_tells_nothing_of_this_machine_or_of_other_people(
     assert "120 training people had this profile" in files["README.md"].read_text()
 
 
+def test_the_datas_licence_goes_with_the_export(make_model, tokenizer, people, tmp_path, no_check_loads):
+    model = make_model(tmp_path / "base")
+    runs = [("opinions", "cc-by-nc-sa-4.0"), ("opinions", "cc-by-nc-sa-4.0"), ("science", "mit"), ("own", None)]
+    model.peft_config["default"].training = [
+        {"trainer": "t", "dataset": name} | ({"dataset_license": licence} if licence else {}) for name, licence in runs
+    ]
+    exports = export_profiles(model, tokenizer, {"a": KENYA}, tmp_path / "out", people=people, show_progress=False)
+    assert exports.document()["data"] == [
+        {"dataset": "opinions", "dataset_license": "cc-by-nc-sa-4.0", "non_commercial": True},
+        {"dataset": "science", "dataset_license": "mit", "non_commercial": False},
+        {"dataset": "own"},
+    ]
+    assert json.loads((tmp_path / "out/a/export.json").read_text())["data"] == exports.data
+    assert "training data: cc-by-nc-sa-4.0 (non-commercial), mit." in (tmp_path / "out/a/README.md").read_text()
+
+
 def test_a_joint_routers_exports_are_measured_and_those_too_far_are_refused(
     make_model, tokenizer, people, prompts, tmp_path, no_check_loads
 ):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,13 +122,22 @@ class Exports:
         return "\n".join(lines)
 
 
+def is_non_commercial(licence: str) -> bool:
+    """Whether a licence's name says that commercial use is excluded (cc-by-nc-sa-4.0, …)."""
+    return re.search(r"\bnc\b|non-?commercial", licence.lower()) is not None
+
+
 def data_of(model: PeftModel) -> list[dict[str, Any]]:
-    """Names and licences of the data sets in the adapter's record of its training."""
+    """Names and licences of the data sets in the adapter's record of its training, as far as it has them."""
     _, config = exported_adapter(model)
     found = [
-        {name: run[name] for name in ("dataset", "data_license") if run.get(name)} for run in config.training or []
+        {name: run[name] for name in ("dataset", "dataset_license") if run.get(name)} for run in config.training or []
     ]
-    return [dict(pairs) for pairs in dict.fromkeys(tuple(each.items()) for each in found if each)]
+    unique = [dict(pairs) for pairs in dict.fromkeys(tuple(each.items()) for each in found if each)]
+    return [
+        {**each, "non_commercial": is_non_commercial(each["dataset_license"])} if "dataset_license" in each else each
+        for each in unique
+    ]
 
 
 def write_lora(
@@ -160,7 +170,6 @@ def card(record: Record, exports: Exports) -> str:
         if counted.people
         else "Nobody in training had this combination; each of its values is that of many."
     )
-    licences = sorted({each["data_license"] for each in exports.data if each.get("data_license")})
     lines = [
         "---",
         "library_name: peft",
@@ -180,7 +189,7 @@ def card(record: Record, exports: Exports) -> str:
         f"- {_nearness(record)}: KL(adapter ‖ LoRA) per token {found.mean_kl:.2g} nats in the mean and "
         f"{found.worst_kl:.2g} for the farthest of {found.prompts} prompts; the most likely token is the same in "
         f"{found.top1_agreement:.1%} of {found.tokens} places ({record.measured_on}).",
-        f"- Licence of the training data: {', '.join(licences) if licences else 'not recorded'}.",
+        f"- Licence of the training data: {_licences(exports) or 'not recorded'}.",
         "",
         "It answers as training answers of a group did, and says nothing certain of a person. Use it for people who "
         "say that the profile is theirs; don't infer anyone's. Don't use it to decide about people, or to speak in "
@@ -188,6 +197,11 @@ def card(record: Record, exports: Exports) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _licences(exports: Exports) -> str:
+    names = {each["dataset_license"] for each in exports.data if "dataset_license" in each}
+    return ", ".join(f"{name} (non-commercial)" if is_non_commercial(name) else name for name in sorted(names))
 
 
 def _nearness(record: Record) -> str:
