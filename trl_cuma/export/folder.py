@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 
 from ..adapter.card import public_name
 from ..adapter.export import exported_adapter, lora_config, save_lora
@@ -151,8 +150,6 @@ def write_lora(
     """
     folder.mkdir(parents=True)
     save_lora(folder, exported.factors, lora_config(model, rank), dtype)
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     document = {**record.document(), "data": exports.data}
     (folder / RECORD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(record, exports), encoding="utf-8")
