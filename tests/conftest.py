@@ -8,16 +8,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; each test 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from trl_cuma import CuMAConfig
-from trl_cuma.testing import tiny_model
+from trl_cuma import CuMAConfig, FieldEncoder
+from trl_cuma.testing import chat_tokenizer, tiny_model, word_tokenizer
 
 VOCABULARY = 50
 DIM = 6
@@ -100,3 +102,45 @@ def qwen3_8b() -> PreTrainedModel:
                 head_dim=128,
             )
         )
+
+
+PEOPLE = [{"country": country, "age": age} for country in ("Kenya", "Japan", "Korea, South") for age in ("18", "70")]
+WORDS = "What makes a good life ? Tea or coffee family money friends health peace music work home travel food"
+
+
+@pytest.fixture(scope="session")
+def saved_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """
+    The folder of an adapter that knows `PEOPLE`'s fields and whose answers differ between them, beside its base: with
+    a chat template, or with words as tokens and none. Fields are CuMAConfig's. It is made once.
+    """
+
+    @functools.cache
+    def make(chat: bool = True, **fields: Any) -> Path:
+        folder = tmp_path_factory.mktemp("saved")
+        tokenizer = chat_tokenizer([WORDS] * 3) if chat else word_tokenizer([WORDS])
+        # Logits far apart, so that answers hang on the profile and not on rounding.
+        model = tiny_model("qwen3", vocab_size=len(tokenizer), hidden_size=32, initializer_range=0.3)
+        model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        encoder = FieldEncoder(min_count=1).fit(PEOPLE)
+        config = CuMAConfig(
+            **{
+                "target_modules": ["q_proj", "v_proj", "down_proj"],
+                "demographic_dim": encoder.dim,
+                "demographic_encoder": encoder.state(),
+                "num_experts": 4,
+                "r": 4,
+                "lora_alpha": 512,
+                "router_hidden": 8,
+                "init_weights": False,
+                "task_type": "CAUSAL_LM",
+            }
+            | fields
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        torch.manual_seed(0)
+        get_peft_model(model, config).save_pretrained(folder / "adapter")
+        return folder / "adapter"
+
+    return make

@@ -18,6 +18,7 @@ from .arguments import METHODS, TrainingParser, launch_options, read_recipe
 COMMANDS = {
     "plan": (".planning", "main", "how much GPU memory a run needs under each engine, and what fits"),
     "prepare": (".data.command", "main", "convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA"),
+    "chat": (".generation.chat", "main", "talk to a model as one or several people"),
     "evaluate": (".evaluation.command", "main_evaluate", "measure a model on people and questions that were held out"),
     "compare": (".evaluation.command", "main_compare", "put evaluations side by side, with paired intervals"),
     "export": (".export.command", "main", "turn an adapter into one plain LoRA per profile, for any engine"),

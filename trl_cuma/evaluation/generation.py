@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
-from ..generation.batches import Prompt, context_length, encode_prompt, end_tokens, generate_batch, greedy_config
+from ..generation.batches import Prompt, check_length, encode_prompt, end_tokens, generate_batch, greedy_config
 from ..generation.row_sampling import row_sampling
 from ..generation.vectors import profile_vectors
 from .answer_store import Answer, AnswerStore, model_fingerprint
@@ -129,7 +129,8 @@ def generate_answers(
         raise ValueError(f"`demographics` has {len(demographics)} rows and `prompts` {len(prompts)}. Pass one each.")
     model = extract_model_from_parallel(model)
     encoded = [encode_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
-    _check_lengths(model, encoded, max_new_tokens)
+    for row, tokens in enumerate(encoded):
+        check_length(model, tokens, max_new_tokens, f"The prompt in row {row}")
     vectors = profile_vectors(model, demographics, table)
     config = greedy_config(model, tokenizer, max_new_tokens)
     store = None if cache_path is None else AnswerStore(cache_path)
@@ -255,18 +256,6 @@ def _check_settings(num_samples: int, temperature: float, top_p: float, max_new_
         raise ValueError(f"`top_p` is {top_p!r}, expected a mass above 0 and up to 1.")
     if temperature == 0 and (num_samples > 1 or top_p < 1):
         raise ValueError("`num_samples` above 1, or `top_p` below, needs a `temperature` above 0: 0 is greedy.")
-
-
-def _check_lengths(model: torch.nn.Module, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    limit = context_length(model) or float("inf")
-    for row, tokens in enumerate(encoded):
-        if not tokens:
-            raise ValueError(f"The prompt in row {row} has no tokens, so there is nothing to answer.")
-        if len(tokens) + max_new_tokens > limit:
-            raise ValueError(
-                f"The prompt in row {row} has {len(tokens)} tokens, and with `max_new_tokens={max_new_tokens}` that "
-                f"is more than the model's context of {limit}. Lower `max_new_tokens`, or leave such rows out."
-            )
 
 
 def _profile_keys(demographics: Sequence[Any]) -> list[bytes]:

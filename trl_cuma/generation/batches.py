@@ -43,6 +43,18 @@ def context_length(model: torch.nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_length(model: torch.nn.Module, tokens: Sequence[int], max_new_tokens: int, what: str = "The prompt") -> None:
+    """Raise a `ValueError` if a prompt is empty, or longer with its answer than the model can read."""
+    limit = context_length(model) or float("inf")
+    if not tokens:
+        raise ValueError(f"{what} has no tokens, so there is nothing to answer.")
+    if len(tokens) + max_new_tokens > limit:
+        raise ValueError(
+            f"{what} has {len(tokens)} tokens, and with `max_new_tokens={max_new_tokens}` that is more than the "
+            f"model's context of {limit}. Lower `max_new_tokens`, or shorten or leave out such prompts."
+        )
+
+
 def greedy_config(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """The model's own generation settings but for what samples or searches, with the tokens that end and pad a row."""
     config = copy.deepcopy(model.generation_config)

@@ -54,6 +54,12 @@ def known_values(table: DemographicTable | None) -> Mapping[str, list[str]] | No
     return encoder.state()["vocabulary"] if isinstance(encoder, FieldEncoder) else None
 
 
+def unknown_fields(table: DemographicTable | None, value: Any) -> list[str]:
+    """The fields of a profile that a field encoder doesn't know; other encoders know them all."""
+    known = known_values(table)
+    return [] if known is None else sorted(DemographicProfile.from_value(value).names - known.keys())
+
+
 def check_profile(table: DemographicTable | None, value: Any, what: str = "The profile") -> list[str]:
     """
     Hold a profile against what the adapter knows of people.
@@ -90,7 +96,7 @@ def check_profile(table: DemographicTable | None, value: Any, what: str = "The p
     if known.keys().isdisjoint(profile.fields) and table.missing == "error":
         raise ValueError(f"{what} is missing or says nothing, and the adapter needs one. {fields}")
     warnings = []
-    unknown = sorted(profile.names - known.keys())
+    unknown = unknown_fields(table, profile)
     if unknown:
         warnings.append(f"{what} has {_fields(unknown)}, which the adapter doesn't know and leaves out. {fields}")
     strange = list(table.encoder.count_unknown([profile]))

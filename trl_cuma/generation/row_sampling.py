@@ -6,10 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
-def row_sampling(temperature: float, top_p: float, seeds: Sequence[int]) -> LogitsProcessorList:
+def row_sampling(
+    temperature: float, top_p: float, seeds: Sequence[int], *, top_k: int = 0, min_p: float = 0.0
+) -> LogitsProcessorList:
     """
     Processors with which a *greedy* `generate` samples; none for a temperature of 0.
 
@@ -17,12 +26,18 @@ def row_sampling(temperature: float, top_p: float, seeds: Sequence[int]) -> Logi
         temperature (`float`): Divides the logits.
         top_p (`float`): Mass of the most likely tokens that are drawn from; 1 for all.
         seeds (`Sequence[int]`): One per row of the batch.
+        top_k (`int`): How many of the most likely tokens are drawn from; 0 for all.
+        min_p (`float`): Share of the likeliest token's probability that a token needs; 0 for none.
     """
     processors = LogitsProcessorList()
-    if temperature > 0:
+    if temperature > 0:  # in the order of `generate`
         processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k > 0:
+            processors.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
+        if min_p > 0:
+            processors.append(MinPLogitsWarper(min_p))
         processors.append(RowNoise(seeds))
     return processors
 
@@ -52,3 +67,30 @@ class RowNoise(LogitsProcessor):
         ]
         # A zero would make its token certain, even one that is excluded.
         return scores - torch.stack(noise).clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+
+class MixedSampling(LogitsProcessor):
+    """
+    Rows of one batch, each sampled by its own settings. Rows of equal settings are processed together.
+
+    Args:
+        settings (`Sequence[tuple]`): Of each row, what [`row_sampling`] takes but for the seeds: temperature, top_p,
+            top_k, min_p.
+        seeds (`Sequence[int]`): One per row.
+    """
+
+    def __init__(self, settings: Sequence[tuple[float, float, int, float]], seeds: Sequence[int]) -> None:
+        rows: dict[tuple[float, float, int, float], list[int]] = {}
+        for row, key in enumerate(settings):
+            rows.setdefault(key, []).append(row)
+        self.groups: list[tuple[list[int], LogitsProcessorList]] = []
+        for (temperature, top_p, top_k, min_p), members in rows.items():
+            own = [seeds[row] for row in members]
+            self.groups.append((members, row_sampling(temperature, top_p, own, top_k=top_k, min_p=min_p)))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mixed = scores.clone()
+        for members, processors in self.groups:
+            if processors:  # none are greedy
+                mixed[members] = processors(input_ids[members], scores[members])
+        return mixed
