@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from trl_cuma import CuMAConfig, grow_experts, reset_router
-from trl_cuma.adapter.card import describe
+from trl_cuma.adapter.card_text import describe
 from trl_cuma.adapter.film import FiLM
 from trl_cuma.adapter.layer import CuMALinear
 from trl_cuma.testing import tiny_model

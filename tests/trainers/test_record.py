@@ -16,7 +16,7 @@ def saved_runs(trainer: Any) -> list[dict[str, Any]] | None:
     folder = Path(trainer.args.output_dir)
     runs = json.loads((folder / "adapter_config.json").read_text())["training"]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.count("| trainer |") == len(runs or []) and ("Not recorded" in card) == (not runs)
+    assert card.count("| trainer |") == len(runs or []) and ("saved outside of a CuMA trainer" in card) == (not runs)
     return runs
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_cuma import DemographicProfile, TextEncoder
 from trl_cuma.testing import minilm_path
+from trl_cuma.trainers.hub import HubMixin
 from trl_cuma.trainers.saving import INCOMPLETE
 
 # A new process knows nothing but the saved files and the people's profiles.
@@ -274,7 +275,7 @@ def test_a_checkpoint_is_pushed_under_its_name(make_sft, monkeypatch):
     trainer = make_sft(max_steps=1, save_strategy="steps", save_steps=1)
     pushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, os.path.isdir(path))), raising=True
+        HubMixin, "_push_from_checkpoint", lambda self, path: pushed.append((path, os.path.isdir(path))), raising=True
     )
     trainer.args.push_to_hub = True  # after `__init__`, which would ask the Hub for a repository
     trainer.train()

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .conditioning import Conditioning, ConditioningStack, carry_conditioning_through_checkpoints
 from .config import DEFAULT_DEMOGRAPHIC_DIM, CuMAConfig
+from .hub import carry_card_to_hub
 from .layer import CuMALayer, CuMALinear, raise_not_mergeable
 from .loading import base_model_type, check_saved_adapter, check_tensors
 from .losses import RouterLosses
@@ -378,3 +379,4 @@ def _document_starts(ids: torch.Tensor, position_ids: torch.Tensor | None) -> to
 
 if CUMA not in PEFT_TYPE_TO_TUNER_MAPPING:  # registering twice (a reload in a notebook) would raise
     register_peft_method(name="cuma", config_cls=CuMAConfig, model_cls=CuMAModel)
+carry_card_to_hub()

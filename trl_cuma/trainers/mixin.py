@@ -25,6 +25,7 @@ from .demographics import (
 )
 from .finite import FiniteGuard
 from .group_evaluation import GroupEvaluationMixin
+from .hub import HubMixin
 from .record import RecordMixin
 from .routing import load_metrics
 from .saving import SavingMixin, check_resumable
@@ -32,7 +33,7 @@ from .saving import SavingMixin, check_resumable
 ROUTER_OUTPUTS = ("aux_loss", "z_loss", "router_load", "router_entropy")
 
 
-class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin):
+class CuMATrainerMixin(GroupEvaluationMixin, RecordMixin, SavingMixin, HubMixin):
     """
     Put before a TRL trainer. Its changes: each batch holds `demographic_embeds` from the data set's demographic
     column; the router losses are added to the training loss (never to the evaluation loss, so that early stopping and

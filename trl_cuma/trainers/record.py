@@ -9,7 +9,9 @@ import torch
 import trl
 
 from ..adapter import CuMAConfig
-from ..adapter.card import public_name, write_card
+from ..adapter.card import write_card
+from ..adapter.card_text import public_name
+from ..demographics import DemographicTable, FieldEncoder
 
 
 class RecordMixin:
@@ -41,21 +43,22 @@ class RecordMixin:
     def _record_training(self) -> None:
         if not self.state.global_step:
             return
-        profiles = len(self.demographic_table.embeds) if self._routed else None
-        record = training_record(self, self._dataset_name, profiles)
+        record = training_record(self, self._dataset_name, self.demographic_table if self._routed else None)
         self._adapter_config().training = [*self._earlier_training, record]
 
 
-def training_record(trainer: Any, dataset_name: str | None, profiles: int | None) -> dict[str, Any]:
+def training_record(trainer: Any, dataset_name: str | None, table: DemographicTable | None) -> dict[str, Any]:
     """
     Numbers and names of a run so far; nothing of any person.
 
     Args:
         trainer: a CuMA trainer.
         dataset_name (`str`, *optional*): by default the name that `datasets` knows. Of a path, the last part is kept.
-        profiles (`int`, *optional*): number of unique profiles in its data.
+        table ([`DemographicTable`], *optional*): the unique profiles in its data, and their encoder.
     """
     info = getattr(trainer.train_dataset, "info", None)
+    encoder = None if table is None else table.encoder
+    vocabulary = encoder.state()["vocabulary"] if isinstance(encoder, FieldEncoder) else None
     if dataset_name is None and info is not None and info.dataset_name != info.builder_name:  # equal for plain files
         dataset_name = info.dataset_name
     args, state = trainer.args, trainer.state
@@ -64,8 +67,12 @@ def training_record(trainer: Any, dataset_name: str | None, profiles: int | None
     record = {
         "trainer": type(trainer).__name__,
         "dataset": public_name(dataset_name),
+        "dataset_license": None if info is None else info.license or None,
         "rows": len(trainer.train_dataset) if sized else None,
-        "unique_profiles": profiles if sized else None,  # a worker of a streaming run keeps its own count
+        # A worker of a streaming run keeps its own count.
+        "unique_profiles": len(table.embeds) if table is not None and sized else None,
+        # The values themselves are in the configuration, once; a later run may have another encoder.
+        "known_values": vocabulary and {name: len(values) for name, values in vocabulary.items()},
         "steps": state.global_step,
         "epochs": state.epoch,
         "samples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -46,6 +46,10 @@ class SavingMixin:
         if self.args.should_save:
             shutil.rmtree(incomplete, ignore_errors=True)  # of a process that was killed
         with _explained(f"The adapter could not be written to {output_dir}", incomplete):
+            card = os.path.join(output_dir, "README.md")
+            if self.args.should_save and os.path.isfile(card):  # it is written around its owner's words
+                os.makedirs(incomplete)
+                shutil.copy(card, incomplete)
             self._write_model(incomplete)
             if self.args.should_save:
                 _move_files(incomplete, output_dir)
