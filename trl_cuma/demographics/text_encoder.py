@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..extras import needs_extra
 from .encoder_state import MissingPolicy, check_missing_policy, check_state, fingerprint_of, missing_error
 from .profile import DemographicProfile, read_profiles
 
@@ -210,12 +211,8 @@ class TextEncoder:
     def _load(self) -> "SentenceTransformer":
         if self._loaded is not None:
             return self._loaded
-        try:
+        with needs_extra("text-encoder", "TextEncoder"):
             from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ImportError(
-                "TextEncoder needs sentence-transformers: pip install 'trl_cuma[text-encoder]'"
-            ) from error
 
         folder_hash = _hash_folder(Path(self.model)) if Path(self.model).is_dir() else None
         if folder_hash and self.revision not in (None, folder_hash):

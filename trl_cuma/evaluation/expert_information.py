@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 
 from ..adapter.routing import mutual_information
+from ..extras import needs_extra
+
+with needs_extra("evaluation", "Expert information"):
+    from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, eq=False)

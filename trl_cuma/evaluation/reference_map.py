@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial import procrustes
-from scipy.spatial.distance import pdist, squareform
+
+from ..extras import needs_extra
+
+with needs_extra("evaluation", "A reference map"):
+    from scipy.spatial import procrustes
+    from scipy.spatial.distance import pdist, squareform
 
 MIN_MATCHED = 5
 """With fewer groups two maps agree too easily: four points have 24 orders."""

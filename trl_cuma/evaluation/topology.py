@@ -13,19 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import PeftModel
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
-from scipy.special import rel_entr
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter.routing import reportable_groups
 from ..data.people import MIN_COUNT, OTHER, known_text
 from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
+from ..extras import needs_extra
 from ..generation.vectors import demographic_table
 from .expert_information import ExpertInformation, count_people, expert_information, group_means
 from .profile_routing import ProfileRouting, Prompt, route_profiles, routing_config
 from .reference_map import ReferenceComparison, classical_map, compare_with_reference, read_reference_map
+
+with needs_extra("evaluation", "The topology"):
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+    from scipy.special import rel_entr
 
 DEAD = 0.01
 """An expert with less than this part of an even load is dead, as in the trainers' logs."""

@@ -15,14 +15,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit
 from tqdm.auto import tqdm
 
 from ..demographics.profile import read_profiles
+from ..extras import needs_extra
 from ..rewards import JudgeStats, ProfileJudge
 from ..rewards.batch import read_texts, strip_reasoning
 from .metrics.intervals import bootstrap_weights, percentiles, wilson_interval
 from .resampling import crossed_clusters, metric, number_labels, resampled_mean
+
+with needs_extra("evaluation", "A win-rate"):
+    from scipy.special import expit, logit
 
 PRIOR = 1 / 3**2
 """Precision of the normal prior of the length's effect: weak beside some tens of comparisons."""

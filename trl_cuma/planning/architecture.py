@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from ..adapter import CuMAConfig
+from ..extras import needs_extra
 
 CONFIGS = Path(__file__).parent / "configs"
 # Other ids of a shipped architecture.
@@ -138,15 +139,10 @@ def state_of(module: nn.Module) -> list[torch.Tensor]:
 
 def _quantize(model: PreTrainedModel, base: Base) -> None:
     """Put bitsandbytes' own layers where transformers does, and give them the tensors that quantizing leaves."""
-    try:
+    with needs_extra("quantization", f"Planning `precision={base.quantization!r}`"):
         import bitsandbytes as bnb
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
         from transformers.quantizers.base import get_keys_to_not_convert
-    except ImportError as error:
-        raise ImportError(
-            f"Planning `precision={base.quantization!r}` reads bitsandbytes' layers, and it is not installed: run "
-            "`pip install 'trl_cuma[quantization]'`."
-        ) from error
     four_bit = base.quantization == "nf4"
     config = BitsAndBytesConfig(
         load_in_4bit=four_bit,

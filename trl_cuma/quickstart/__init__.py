@@ -14,6 +14,7 @@ import transformers
 
 from ..evaluation.metrics import entropy
 from ..evaluation.options import split_options
+from ..extras import needs_extra
 from .pipeline import Quickstart
 from .report import dpo_table, draw_figures, expert_load, groups_of, router_names, sft_table
 from .training import ARMS, load_trained, profile_vectors
@@ -40,6 +41,9 @@ def run_quickstart(
     Returns:
         `dict`: the results; empty with `prepare_only`.
     """
+    if not prepare_only:
+        with needs_extra("evaluation", "Drawing the figures"):  # before minutes of training
+            import matplotlib  # noqa: F401
     quiet()
     torch.set_num_threads(min(2, os.cpu_count() or 1))  # the same sums on every machine, so that a seed gives a table
     run = Quickstart(output_dir, seed=seed, data=data, encoder=encoder, rejected=rejected)

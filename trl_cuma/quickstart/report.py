@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter.router import CuMARouter
 from ..data.survey import Cells, Survey, format_prompt
+from ..extras import needs_extra
 
 SPLIT_NAMES = {
     "held_out_people": "held-out people",
@@ -160,10 +161,8 @@ def draw_figures(
     Raises:
         ImportError: without matplotlib, of the `evaluation` extra.
     """
-    try:
+    with needs_extra("evaluation", "Drawing the figures"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError("The figures need matplotlib. Install it: pip install 'trl_cuma[evaluation]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

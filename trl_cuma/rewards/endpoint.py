@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..extras import needs_extra
+
 _OWN_ARGUMENTS = {"messages", "model", "n", "stream", "timeout"}
 
 
@@ -49,12 +51,8 @@ class ChatEndpoint:
         max_retries: int,
         sampling: Mapping[str, Any],
     ) -> None:
-        try:
+        with needs_extra("judge", "The judge"):
             import openai
-        except ImportError as error:
-            raise ImportError(
-                'The judge needs the `openai` client, which is not installed: run `pip install "trl_cuma[judge]"`.'
-            ) from error
         if refused := _OWN_ARGUMENTS & set(sampling):
             raise ValueError(f"`sampling` has {sorted(refused)}: set what the judge has arguments for there.")
         api_key = api_key or os.environ.get("OPENAI_API_KEY")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...extras import needs_extra
 from .intervals import row_weights
 
 INVALID = -1
@@ -57,7 +58,8 @@ def macro_f1(
         `ValueError`: as [`accuracy`].
     """
     # Here and below, not above: the quick start's metrics need numpy alone.
-    from sklearn.metrics import f1_score
+    with needs_extra("evaluation", "The macro F1"):
+        from sklearn.metrics import f1_score
 
     truth, predicted, weights = _check(truth, predicted, weights)
     if question is not None:
@@ -119,7 +121,8 @@ def wvb_emd(truth: Sequence[float], predicted: Sequence[float | None], low: floa
     Raises:
         `ValueError`: There are no answers or no valid score, an answer is missing, or the scale is empty.
     """
-    from scipy.stats import wasserstein_distance
+    with needs_extra("evaluation", "The pooled EMD"):
+        from scipy.stats import wasserstein_distance
 
     answers = np.array(truth, dtype=float)
     scores = np.array([np.nan if score is None else score for score in predicted], dtype=float)

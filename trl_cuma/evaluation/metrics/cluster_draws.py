@@ -9,6 +9,8 @@ from itertools import islice
 
 import numpy as np
 
+from ...extras import needs_extra
+
 COUNTS_AT_ONCE = 2 * 10**6
 """Of clusters, in [`drawn_sums`]: memory."""
 
@@ -41,7 +43,8 @@ def drawn_sums(table: np.ndarray, codes: Sequence[np.ndarray], num_samples: int,
     Returns:
         `np.ndarray` of shape `(draws, columns)`.
     """
-    from scipy.sparse import csr_array
+    with needs_extra("evaluation", "The bootstrap"):
+        from scipy.sparse import csr_array
 
     draws = cluster_draws(codes, num_samples, seed)
     if len(codes) > 2:

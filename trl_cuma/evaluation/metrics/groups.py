@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...extras import needs_extra
 from .intervals import Estimate, bootstrap_interval, percentiles, row_weights
 
 MIN_ROWS_AS_PUBLISHED = 5
@@ -117,7 +118,8 @@ def inequity(
     Raises:
         `ValueError`: lengths differ, a score is not finite, the weights are no weights, or a person has two groups.
     """
-    from scipy.stats import t
+    with needs_extra("evaluation", "A published sigma-inequity"):
+        from scipy.stats import t
 
     scores, weights, person, code, names = _rows(scores, group, person, weights)
     sizes = np.bincount(code[code >= 0], minlength=len(names))

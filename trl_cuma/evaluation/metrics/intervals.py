@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...extras import needs_extra
 from .cluster_draws import cluster_codes, cluster_draws, drawn_sums
 
 # scipy is imported by the functions that call it: the quick start's metrics need numpy alone.
@@ -151,7 +152,8 @@ def bootstrap_interval(
 
 def percentiles(samples: np.ndarray, num_clusters: int, level: float) -> tuple[float, float]:
     """The two percentiles of bootstrap draws `(draws,)` that [`bootstrap_interval`] describes."""
-    from scipy.stats import norm, t
+    with needs_extra("evaluation", "An interval"):
+        from scipy.stats import norm, t
 
     edge = norm.cdf(t.ppf((1 - level) / 2, num_clusters - 1) * np.sqrt(num_clusters / (num_clusters - 1)))
     # Crossed clusters can draw no row at all, whose mean is not a number.
@@ -201,7 +203,8 @@ def prediction_interval(values: np.ndarray, level: float = 0.95) -> Estimate:
 
 
 def _t_interval(values: np.ndarray, level: float, scale: Callable[[int], float]) -> Estimate:
-    from scipy.stats import t
+    with needs_extra("evaluation", "An interval"):
+        from scipy.stats import t
 
     values = _finite("values", values)
     n = len(values)
@@ -257,7 +260,8 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Estimate:
     Raises:
         `ValueError`: `successes` is not between 0 and `n`.
     """
-    from scipy.stats import norm
+    with needs_extra("evaluation", "An interval"):
+        from scipy.stats import norm
 
     if not 0 <= successes <= n:
         raise ValueError(f"`successes` must be between 0 and n = {n}, got {successes}.")
@@ -310,7 +314,8 @@ def detectable_effect(sd: float, n: int, power: float = 0.9, level: float = 0.95
     Raises:
         `ValueError`: `n` is less than 2 or `sd` is not positive.
     """
-    from scipy.optimize import brentq
+    with needs_extra("evaluation", "The power of a test"):
+        from scipy.optimize import brentq
 
     if n < 2 or sd <= 0:
         raise ValueError(f"`n` must be at least 2 and `sd` positive, got n={n}, sd={sd}.")
@@ -318,7 +323,8 @@ def detectable_effect(sd: float, n: int, power: float = 0.9, level: float = 0.95
 
 
 def _power(sd: float, effect: float, n: int, level: float) -> float:
-    from scipy.stats import nct, t
+    with needs_extra("evaluation", "The power of a test"):
+        from scipy.stats import nct, t
 
     if sd == 0:
         return 1.0

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...extras import needs_extra
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -111,13 +113,9 @@ def draw(paint: Callable[[Figure, bool], None], height: Callable[[bool], float],
     Raises:
         `ImportError`: matplotlib is not there.
     """
-    try:
+    with needs_extra("evaluation", "The report's page"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "The report's figures need matplotlib. Install it: pip install 'trl_cuma[evaluation]'."
-        ) from error
     drawn = []
     for wide in (True, False):
         width = (WIDE if full else HALF) if wide else NARROW
