@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": (".data.command", "main", "convert WorldValuesBench, Community Alignment, PRISM or GlobalOpinionQA"),
     "evaluate": (".evaluation.command", "main_evaluate", "measure a model on people and questions that were held out"),
     "compare": (".evaluation.command", "main_compare", "put evaluations side by side, with paired intervals"),
+    "card": (".evaluation.card", "main", "write an adapter's model card, with what was measured"),
     "bench": (".bench.command", "main", "train and measure baselines and CuMA by the same recipe"),
 }
 
