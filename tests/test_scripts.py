@@ -178,6 +178,14 @@ def test_what_a_run_cannot_do_without(workspace, method, fields, message):
         run(getattr(trl_cuma, f"CuMA{name}Trainer"), getattr(trl_cuma, f"CuMA{name}Config"), args)
 
 
+def test_the_terms_of_prepared_data_reach_the_adapter(workspace):
+    (workspace / "data" / "sft" / "report.json").write_text('{"license": "cc-by-nc-4.0"}')
+    trainer = run(CuMASFTTrainer, CuMASFTConfig, script_arguments(workspace, "sft", max_steps=1, eval_strategy="no"))
+    (record,) = trainer.model.active_peft_config.training
+    assert record["dataset_license"] == "cc-by-nc-4.0"
+    assert "sft: cc-by-nc-4.0" in (workspace / "sft" / "README.md").read_text(encoding="utf-8")
+
+
 def test_ignore_bias_buffers(workspace):
     args = script_arguments(workspace, "dpo", ignore_bias_buffers=True, max_steps=1, eval_strategy="no")
     trainer = run(CuMADPOTrainer, CuMADPOConfig, args)

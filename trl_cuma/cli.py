@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": (".evaluation.command", "main_evaluate", "measure a model on people and questions that were held out"),
     "compare": (".evaluation.command", "main_compare", "put evaluations side by side, with paired intervals"),
     "export": (".export.command", "main", "turn an adapter into one plain LoRA per profile, for any engine"),
+    "card": (".evaluation.card", "main", "write an adapter's model card, with what was measured"),
     "bench": (".bench.command", "main", "train and measure baselines and CuMA by the same recipe"),
 }
 

@@ -26,6 +26,7 @@ from trl.rewards import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .arguments import METHODS, CuMAModelConfig, parse_strictly
+from .data.licenses import prepared_license
 from .demographics import FieldEncoder, TextEncoder
 from .trainers.grpo import refuse_vllm
 
@@ -178,6 +179,9 @@ def make_trainer(
         refuse_vllm(training_args)  # before the data is loaded, too
     dataset = load_data(script_args, dataset_args)
     train_dataset = split_of(dataset, "dataset_train_split", script_args.dataset_train_split)
+    folders = [part.path for part in dataset_args.datasets] or [script_args.dataset_name]
+    terms = filter(None, map(prepared_license, folders))  # `load_dataset` doesn't read them
+    train_dataset.info.license = train_dataset.info.license or "; ".join(dict.fromkeys(terms))
     eval_dataset = None
     if training_args.eval_strategy != "no":
         eval_dataset = split_of(dataset, "dataset_test_split", script_args.dataset_test_split)

@@ -42,6 +42,28 @@ def test_no_profile_value_and_no_folder_of_the_machine_is_in_it(make_model, enco
         assert not re.search(rf"\b{re.escape(word)}\b", text), word
 
 
+def test_values_that_many_share_are_named(make_model, tmp_path) -> None:
+    people = [{"country": "Wonderland <!-- trl_cuma: end -->"}] * 30 + [{"country": "Atlantis|*"}] * 31
+    people += [{"country": "Zzyzx"}] * 29
+    encoder = FieldEncoder(min_count=30).fit(people)
+    model = make_model(demographic_dim=encoder.dim, demographic_encoder=encoder.state())
+    model.save_pretrained(tmp_path)
+    text = text_of(tmp_path)
+    assert r"| country | Atlantis\|\*, Wonderland &lt;!-- trl\_cuma: end --> |" in text
+    assert "At least 30 people share each value" in text and "Zzyzx" not in text
+    model.save_pretrained(tmp_path)
+    assert text_of(tmp_path) == text  # a value that looks like a mark is none
+
+
+def test_it_says_what_it_is_for_and_what_not(make_model, tmp_path) -> None:
+    make_model().save_pretrained(tmp_path)
+    text = text_of(tmp_path)
+    for words in ("inferring anybody's demographics", "impersonating a person", "decisions about people"):
+        assert words in text.partition("It is **not** for")[2]
+    for words in ("**Stereotyping.**", "**Gaps.**", "A profile is declared by the person, never inferred"):
+        assert words in text
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

@@ -9,6 +9,7 @@ from datasets import Value, load_dataset
 
 from trl_cuma.data import conversion
 from trl_cuma.data.conversion import Conversion, check_task, row_features
+from trl_cuma.data.licenses import prepared_license
 
 FEATURES = row_features("sft", ["country"], {"turn": Value("int32")})
 
@@ -33,7 +34,7 @@ def make(batches, splits=("train",)):
             report.read("answers", len(table))
             yield split, table
 
-    return Conversion(FEATURES, run, "Some survey, sft", splits)
+    return Conversion(FEATURES, run, "Some survey, sft", splits, "cc-by-nc-4.0")
 
 
 @pytest.fixture
@@ -156,6 +157,15 @@ def test_an_empty_folder_will_do(two_splits, tmp_path):
     (tmp_path / "out").mkdir()
     two_splits.save(tmp_path / "out")
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_the_sources_terms_go_along(two_splits, tmp_path):
+    assert {split.info.license for split in two_splits.datasets().values()} == {"cc-by-nc-4.0"}
+    two_splits.save(tmp_path / "out")
+    assert prepared_license(tmp_path / "out") == "cc-by-nc-4.0"
+    assert "Terms: cc-by-nc-4.0." in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "report.json").write_text("[1]")
+    assert prepared_license(tmp_path) is prepared_license("org/data") is prepared_license(None) is None
 
 
 @pytest.mark.parametrize("method", ["datasets", "save"])

@@ -95,6 +95,46 @@ def test_a_streaming_run_counts_neither_rows_nor_profiles(make_sft, sft_data) ->
     assert whole.keys() - stream.keys() == {"rows", "unique_profiles"} and stream["steps"] == 1
 
 
+@pytest.mark.parametrize(
+    ("terms", "forbids"),
+    [
+        ("cc-by-nc-sa-4.0", True),
+        ("people's texts cc-by-4.0, models' answers cc-by-nc-4.0", True),
+        ("terms of a survey: non-profit use", True),
+        ("cc-by-4.0", False),
+        ("", None),
+    ],
+)
+def test_the_datas_licence(make_sft, sft_data, terms, forbids) -> None:
+    data = sft_data()
+    data.info.license = terms
+    trainer = make_sft(data)
+    trainer.train()
+    (run,) = saved_runs(trainer)
+    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert run.get("dataset_license") == (terms or None)
+    assert ("These terms forbid commercial use" in card) == bool(forbids)
+    assert ("Not recorded. Read the terms" in card) == (forbids is None)
+
+
+def test_the_groups_that_a_run_knew(make_sft) -> None:
+    trainer = make_sft()
+    trainer.train()
+    (run,) = saved_runs(trainer)
+    assert run["known_values"] == {"age": 2, "country": 2}
+
+
+def test_an_owners_words_stay_in_the_output_folder(make_sft) -> None:
+    trainer = make_sft()
+    trainer.train()
+    trainer.save_model()
+    path = Path(trainer.args.output_dir) / "README.md"
+    path.write_text(path.read_text(encoding="utf-8") + "\nMy own words.\n", encoding="utf-8")
+    trainer.save_model()
+    text = path.read_text(encoding="utf-8")
+    assert "My own words." in text and text.count("# A CuMA adapter") == 1
+
+
 @pytest.mark.parametrize("routing", ["joint", "semantic"])
 def test_a_new_adapter_has_no_history(make_sft, make_adapter, routing) -> None:
     config = make_adapter(routing=routing, training=[{"trainer": "Another"}])

@@ -234,4 +234,5 @@ def _cell(value: Any) -> str:
 
 def _escaped(text: Any) -> str:
     """Somebody else's words, shown as they are: neither Markdown nor HTML, nor one of the card's marks."""
-    return re.sub(r"([\\`*_\[\]~])", r"\\\1", _cell(text))
+    line = re.sub(r"\s+", " ", str(text))
+    return re.sub(r"([\\`*_\[\]~|])", r"\\\1", line).replace("<", "&lt;")

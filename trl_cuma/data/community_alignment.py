@@ -21,6 +21,7 @@ from .conversations import (
     convert_conversations,
 )
 from .conversion import Conversion
+from .licenses import COMMUNITY_ALIGNMENT
 from .people import MIN_COUNT, known_text
 from .prompts import PromptFormat
 from .reading import Row, open_table
@@ -155,6 +156,7 @@ def convert_community_alignment(
         splits=splits,
         min_count=min_count,
         keep_unknown=keep_unknown,
+        license=COMMUNITY_ALIGNMENT,
     )
 
 

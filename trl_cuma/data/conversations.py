@@ -128,6 +128,7 @@ def convert_conversations(
     splits: SplitOptions | None,
     min_count: int,
     keep_unknown: bool,
+    license: str,
 ) -> Conversion:
     """
     Conversations in TRL's columns: a first pass over what they are split by, a second one over their texts.
@@ -145,6 +146,7 @@ def convert_conversations(
         min_count (`int`): Profile values that fewer people hold are grouped. The people counted are those of whom
             `read_heads` keeps a conversation, whether or not rows come of it.
         keep_unknown (`bool`): Whether people of whom no field is known are kept.
+        license (`str`): The source's terms.
     """
     prompts, splits = prompts or PromptFormat(), splits or SplitOptions()
     check_task(task, tasks, prompts.messages)
@@ -194,7 +196,7 @@ def convert_conversations(
             yield split, pa.Table.from_pylist(left, schema=features.arrow_schema)
         report.drop("people", "none of their conversations gave a row", len(people) - len(people_in_rows))
 
-    return Conversion(features, batches, f"{title}, {task}", splits.names)
+    return Conversion(features, batches, f"{title}, {task}", splits.names, license)
 
 
 def _split(

@@ -69,6 +69,7 @@ class Conversion:
             reads and drops. Their texts may be dictionary-encoded, in all pieces alike.
         title (`str`): What is converted to what; the head of the report.
         splits (`Sequence[str]`): Splits that must get rows.
+        license (`str`, *optional*): The source's terms, which also hold for what is made of it.
 
     Attributes:
         report (`Report`, *optional*): Of the last call.
@@ -80,10 +81,12 @@ class Conversion:
         batches: Callable[[Report], Iterator[tuple[str, pa.Table]]],
         title: str,
         splits: Sequence[str] = ("train",),
+        license: str | None = None,
     ) -> None:
         self.features = features
         self.title = title
         self.splits = tuple(splits)
+        self.license = license
         self.report: Report | None = None
         self._batches = batches
 
@@ -102,7 +105,10 @@ class Conversion:
         for split, table in self._run():
             tables.setdefault(split, []).append(table.cast(schema))
         order = [*self.splits, *(name for name in tables if name not in self.splits)]
-        return DatasetDict({name: Dataset(InMemoryTable(pa.concat_tables(tables[name]))) for name in order})
+        made = {name: Dataset(InMemoryTable(pa.concat_tables(tables[name]))) for name in order}
+        for dataset in made.values():
+            dataset.info.license = self.license or ""
+        return DatasetDict(made)
 
     def save(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> Report:
         """
@@ -133,9 +139,9 @@ class Conversion:
                 for split, table in self._run():
                     shards.write(split, table)
             assert self.report is not None
-            report = {"written_by": WRITTEN_BY} | self.report.to_dict()
+            report = {"written_by": WRITTEN_BY, "license": self.license} | self.report.to_dict()
             (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            (staging / "README.md").write_text(_card(self.report, shards.splits), encoding="utf-8")
+            (staging / "README.md").write_text(_card(self.report, shards.splits, self.license), encoding="utf-8")
             _check_output(output, overwrite)
             _replace(output, staging)
         except BaseException:
@@ -232,10 +238,11 @@ def _replace(output: Path, staging: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _card(report: Report, splits: Sequence[str]) -> str:
+def _card(report: Report, splits: Sequence[str], license: str | None) -> str:
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in splits)
+    terms = f" Terms: {license}." if license else ""
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n\n# {report.title}\n\n"
         "Written by `trl-cuma prepare`. It holds people's answers and demographic profiles under the terms of their\n"
-        f"source: keep it to those who may have them.\n\n```\n{report}\n```\n"
+        f"source: keep it to those who may have them.{terms}\n\n```\n{report}\n```\n"
     )

@@ -21,6 +21,7 @@ from .duplicates import near_duplicate_groups
 from .global_opinions_cells import CountryShares, country_shares
 from .global_opinions_source import COUNTRY_ALIASES, read_source
 from .keyed import keyed_digest
+from .licenses import GLOBAL_OPINIONS
 from .prompts import PromptFormat
 from .report import Report
 from .splits import DROPPED, SPLITS, SplitOptions, split_people, split_prompts, split_rows
@@ -133,7 +134,7 @@ def convert_global_opinions(
                 columns = rows.columns(np.flatnonzero(some == split) + start)
                 yield SPLITS[split], pa.table(columns).select(list(features)).cast(features.arrow_schema)
 
-    return Conversion(features, batches, f"GlobalOpinionQA, {task}", splits.names)
+    return Conversion(features, batches, f"GlobalOpinionQA, {task}", splits.names, GLOBAL_OPINIONS)
 
 
 def _split(survey: CountryShares, groups: list[str], splits: SplitOptions) -> np.ndarray:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .conversations import Head, Turn, Turns, check_languages, clean_candidate, clean_text, convert_conversations
 from .conversion import Conversion
+from .licenses import PRISM
 from .people import MIN_COUNT
 from .prompts import PromptFormat
 from .reading import SUFFIXES, Row, Table, open_table
@@ -145,6 +146,7 @@ def convert_prism(
         splits=splits,
         min_count=min_count,
         keep_unknown=keep_unknown,
+        license=PRISM,
     )
 
 

@@ -19,6 +19,7 @@ from .columns import encoded, joined, message_lists, profile_structs
 from .conversion import Conversion, check_task, row_features
 from .duplicates import near_duplicate_groups
 from .keyed import keyed_digest
+from .licenses import WORLD_VALUES_SURVEY
 from .people import MIN_COUNT, canonical_people, grouped
 from .prompts import PromptFormat
 from .report import Report
@@ -144,7 +145,7 @@ def convert_worldvaluesbench(
                 columns = _columns(some, asked_questions, person, question, prompts, task)
                 yield SPLITS[code], pa.table({name: columns[name] for name in features})
 
-    return Conversion(features, batches, f"WorldValuesBench, {task}", splits.names)
+    return Conversion(features, batches, f"WorldValuesBench, {task}", splits.names, WORLD_VALUES_SURVEY)
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:

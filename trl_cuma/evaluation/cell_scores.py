@@ -13,6 +13,9 @@ from .metrics.intervals import Estimate, bootstrap_interval
 from .metrics.pooled import MIN_ENTROPY_GAP, MIN_INFORMATION, denominator_note
 from .resampling import crossed_clusters
 
+GROUP = "group:"
+"""What a column's name begins with that holds, of a field, the number of each row's group."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -36,6 +39,12 @@ class Scores:
         """As arrays for `cells.npz`: `"<prefix>/<column>"`. They hold numbers alone, and no text of a profile."""
         parts = {"cluster": np.stack(self.clusters, 1), "unit": np.array(self.units), "weight": self.weights}
         return {f"{prefix}/{name}": values for name, values in {**parts, **self.columns}.items()}
+
+    def of_rows(self, rows: np.ndarray) -> Scores:
+        """Of some rows alone, `(rows,)` of numbers or of `bool`."""
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        first, second = self.clusters
+        return Scores(columns, (first[rows], second[rows]), self.units, self.weights[rows])
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Scores | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import generation_document as generation
-from .inputs import COLUMNS, check_paths, evaluate_parser, load_model, set_columns
+from .inputs import COLUMNS, adapter_fingerprint, check_paths, evaluate_parser, load_model, set_columns
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,10 @@ def _evaluate(args: argparse.Namespace, is_main: bool) -> tuple[dict[str, Any], 
     if is_main and train is not None and surveys:
         known = read_rows(sample_rows(train, MARGINAL_ROWS, args.seed), show_progress=True, **columns)
         marginal = training_marginal(known)
-    document: dict[str, Any] = {"version": 1, "model": about, "min_group_size": args.min_group_size, "splits": {}}
+    document: dict[str, Any] = {"version": 1, "model": about, "data": args.data}
+    document |= {"min_group_size": args.min_group_size, "splits": {}}
+    if is_main and args.adapter:
+        document["weights"] = adapter_fingerprint(args.adapter)
     cells: dict[str, np.ndarray] = {}
     for number, (name, rows) in enumerate(surveys.items()):
         prediction = predict_rows(

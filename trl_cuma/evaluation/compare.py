@@ -74,7 +74,7 @@ def compare_runs(runs: Sequence[str | os.PathLike[str]], *, num_samples: int = 2
         raise ValueError(f"A comparison takes two or more runs, got {len(runs)}. Name their folders.")
     paths = [Path(run) for run in runs]
     short = len({path.resolve().name for path in paths}) == len(paths)
-    loaded = [_load(path, path.resolve().name if short else str(path)) for path in paths]
+    loaded = [load_run(path, path.resolve().name if short else str(path)) for path in paths]
     first, *others = loaded
     splits = [name for name in first.evaluation["splits"] if any(name in run.evaluation["splits"] for run in others)]
     if not splits:
@@ -89,7 +89,7 @@ def compare_runs(runs: Sequence[str | os.PathLike[str]], *, num_samples: int = 2
             split: {
                 "metrics": [(run.evaluation["splits"].get(split) or {}).get("metrics") for run in loaded],
                 "differences": [
-                    _difference(first, run, split, num_samples, seed)
+                    difference(first, run, split, num_samples=num_samples, seed=seed)
                     for run in others
                     if split in run.evaluation["splits"]
                 ],
@@ -133,7 +133,14 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join([*lines, _footer()]) + "\n"
 
 
-def _load(folder: Path, name: str) -> Run:
+def load_run(folder: Path, name: str) -> Run:
+    """
+    Read a folder that `trl-cuma evaluate` wrote.
+
+    Raises:
+        `ValueError`: It holds something else, or an evaluation of another version.
+        `FileNotFoundError`: It holds no evaluation.
+    """
     path = folder / "evaluation.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no evaluation.json. Name folders that `trl-cuma evaluate` wrote.")
@@ -153,8 +160,11 @@ def _load(folder: Path, name: str) -> Run:
     return Run(name, evaluation, cells)
 
 
-def _same_rows(one: Scores, other: Scores) -> bool:
-    """Of the same answers, cells differ where people were grouped by other fields or sizes."""
+def same_rows(one: Scores, other: Scores) -> bool:
+    """
+    Whether all rows are of the same clusters and weights. Of the same answers, cells differ where people were grouped
+    by other fields or sizes.
+    """
     if one.units != other.units:
         return False
     pairs = zip((*one.clusters, one.weights), (*other.clusters, other.weights), strict=True)
@@ -171,7 +181,8 @@ def _same_marginal(tables: Mapping[str, Scores], against: Mapping[str, Scores]) 
     )
 
 
-def _difference(first: Run, run: Run, split: str, num_samples: int, seed: int) -> dict[str, Any]:
+def difference(first: Run, run: Run, split: str, *, num_samples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """A run's metrics less those of the first: an entry of `differences`, see [`compare_runs`]."""
     keys = [each.key(split) for each in (first, run)]
     notes = []
     if None in keys:
@@ -185,7 +196,7 @@ def _difference(first: Run, run: Run, split: str, num_samples: int, seed: int) -
         against = first.tables(split)
         tables = {name: scores for name, scores in run.tables(split).items() if name in against}
         for table, why in NOT_PAIRED.items():
-            if table in tables and not _same_rows(tables[table], against[table]):
+            if table in tables and not same_rows(tables[table], against[table]):
                 del tables[table]
                 notes.append(why)
         same_marginal = _same_marginal(tables, against)
@@ -230,7 +241,7 @@ def _tables(comparison: Mapping[str, Any], split: str) -> list[Table]:
     for difference in found["differences"]:
         title = f"{clean(difference['run'])} less {names[0]}"
         rows = [
-            [heading(name), estimate(entry, metric_of(name).digits), _verdict(name, entry), clean(entry["unit"])]
+            [heading(name), estimate(entry, metric_of(name).digits), verdict(name, entry), clean(entry["unit"])]
             for name, entry in difference["metrics"].items()
         ]
         note = clean(difference["note"] or "")
@@ -241,7 +252,7 @@ def _tables(comparison: Mapping[str, Any], split: str) -> list[Table]:
     return tables
 
 
-def _verdict(name: str, entry: Mapping[str, Any]) -> str:
+def verdict(name: str, entry: Mapping[str, Any]) -> str:
     """What the interval says, for metrics that have a better direction."""
     better = metric_of(name).better
     if entry["low"] is None or better not in ("higher", "lower"):

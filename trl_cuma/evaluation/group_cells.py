@@ -110,6 +110,11 @@ def group_names(
     return result
 
 
+def shown_groups(names: np.ndarray) -> list[str]:
+    """The groups of one field of [`group_names`], in the order in which they are numbered."""
+    return sorted({name for name in names if name is not None})
+
+
 def _telling(groups: Mapping[str, set[int]], before: Mapping[str, set[int]], min_size: int) -> list[str]:
     """Those of `groups` that tell of fewer than `min_size` people by subtraction from, or of, another field's."""
     found = []

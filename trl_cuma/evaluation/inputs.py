@@ -180,6 +180,21 @@ def load_model(
     return model, tokenizer, {"name": name, "adapter": adapter, "parameters_trained": trained}
 
 
+def adapter_fingerprint(adapter: str) -> str | None:
+    """
+    `sha256:…` of an adapter's weights, by which a card knows what was measured; `None` of weights in another format.
+
+    Args:
+        adapter (`str`): Its folder, or its id on the Hub, loaded before.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from ..adapter.card import weights_fingerprint
+
+    is_local = os.path.isdir(adapter)
+    return weights_fingerprint(adapter if is_local else Path(hf_hub_download(adapter, ADAPTER_FILE)).parent)
+
+
 def _check_chat_template(tokenizer: Any, name: str | None, splits: Mapping[str, Dataset]) -> None:
     from datasets import Value
 

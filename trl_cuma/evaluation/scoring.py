@@ -11,10 +11,17 @@ import numpy as np
 
 from ..data.people import MIN_COUNT, OTHER
 from .answer_metrics import answer_metrics, answer_scores, macro_accuracy
-from .cell_scores import FORMULAS, Scores, add_note, measure
+from .cell_scores import FORMULAS, GROUP, Scores, add_note, measure
 from .checked_prediction import same_options, weighted_answers
 from .figure_data import calibration_bins, collapse_points, distribution_panels
-from .group_cells import DistributionCells, cells_of_answers, cells_of_truth, group_names, number_people
+from .group_cells import (
+    DistributionCells,
+    cells_of_answers,
+    cells_of_truth,
+    group_names,
+    number_people,
+    shown_groups,
+)
 from .metrics.cells import emd, entropy, expected_accuracy, kl, nll
 from .metrics.groups import inequity_table, scores_by_group
 from .metrics.intervals import Estimate
@@ -124,6 +131,10 @@ def score_prediction(
         )
         for field in fields
     }
+    if "answers" in tables:
+        _number_groups(tables["answers"], {field: names[prediction.answer_cell] for field, names in groups.items()})
+    elif "cells" in tables:
+        _number_groups(tables["cells"], groups)
     if "answers" in tables and fields:
         document["inequity"] = inequity_table(
             tables["answers"].columns["accuracy"],
@@ -209,6 +220,14 @@ def _cell_scores(cells: DistributionCells, who: str, fixed: bool) -> Scores:
     return Scores(columns, clusters, (who, "question"), cells.weight)
 
 
+def _number_groups(scores: Scores, groups: Mapping[str, np.ndarray]) -> None:
+    """Put in each row's group of each field, as its place among the names in order; `nan` for none."""
+    for field, names in groups.items():
+        shown = shown_groups(names)
+        place = {name: float(number) for number, name in enumerate(shown)}
+        scores.columns[f"{GROUP}{field}"] = np.array([place.get(name, np.nan) for name in names])
+
+
 def _metrics(
     cells: DistributionCells,
     tables: Mapping[str, Scores],
@@ -289,9 +308,9 @@ def _groups(
             **options,
         )
     entries = []
-    for name in sorted({name for name in names if name is not None}):
+    for number, name in enumerate(shown_groups(names)):
         rows = np.flatnonzero(cells.group == name)
-        entry: dict[str, Any] = {"group": name, "n": len(rows)}
+        entry: dict[str, Any] = {"group": name, "number": number, "n": len(rows)}
         if answers is not None:
             own = np.flatnonzero(of_answers == name)
             if not len(own):
