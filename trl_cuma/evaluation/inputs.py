@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,7 @@ def adapter_fingerprint(adapter: str) -> str | None:
     from ..adapter.card import weights_fingerprint
 
     is_local = os.path.isdir(adapter)
-    return weights_fingerprint(adapter if is_local else Path(hf_hub_download(adapter, ADAPTER_FILE)).parent)
+    return weights_fingerprint(adapter if is_local else Path(hf_hub_download(adapter, loading.ADAPTER_FILE)).parent)
 
 
 def _check_chat_template(tokenizer: Any, name: str | None, splits: Mapping[str, Dataset]) -> None:
