@@ -122,7 +122,7 @@ def test_the_card_of_an_evaluation(folder, adapter):
     assert re.search(r"\| Arvenia \| 40 \| .* \| 0\.500 \[[\d., ]+\] \| better \|", text)
     assert re.search(r"\| Bosk \| 35 \| .* \| 0\.000 \[0\.000, 0\.000\] \| no clear difference \|", text)
     assert "**Stereotyping**" in text and "**Inequity**" in text and "held-out data: survey" in text
-    assert "Gains are over lora" in text and "`--neutral`): not measured" in text
+    assert "Changes are from lora to" in text and "Not measured (`trl-cuma evaluate --neutral`)" in text
     assert (
         not [name for name in COUNTRIES[2:] if name in text]
         and "person-" not in text
@@ -160,7 +160,7 @@ def test_saving_again_keeps_it_and_training_on_drops_it(folder, adapter):
 def test_a_second_evaluation_takes_the_place_of_the_first(folder, adapter):
     card(adapter, "--evaluation", folder / "cuma", "--against", folder / "lora")
     text = card(adapter, "--evaluation", folder / "cuma")
-    assert text.count("By `trl-cuma evaluate`") == 1 and "Gains are over" not in text
+    assert text.count("By `trl-cuma evaluate`") == 1 and "Changes are from" not in text
     results = ModelCard.load(adapter / "README.md").data.eval_results
     assert len({result.metric_type for result in results}) == len(results)
 

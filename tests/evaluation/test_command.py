@@ -304,7 +304,7 @@ def test_something_must_be_evaluated(folder, tmp_path, capsys):
     assert "`--model`, `--adapter`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize("command", ["evaluate", "compare", "card"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -229,6 +229,8 @@ def _cell(value: Any) -> str:
         value = ", ".join(f"{name} ({count})" for name, count in value.items())
     elif isinstance(value, set | list | tuple):
         value = ", ".join(sorted(map(str, value)))
+    elif isinstance(value, float):
+        value = f"{value:.4g}"
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -139,7 +139,9 @@ def measured_markdown(run: Run, against: Run | None = None, *, num_samples: int 
     parts = [" ".join(facts)]
     if against is not None:
         other = against.evaluation["model"]
-        parts.append(f"Gains are over {_name(other.get('adapter') or other['name'])}, on the same data.")
+        parts.append(
+            f"Changes are from {_name(other.get('adapter') or other['name'])} to this adapter, on the same data."
+        )
     options = {"num_samples": num_samples, "seed": seed}
     own_choices = (evaluation.get("generation") or {}).get("own_choices") or {}
     for split, found in evaluation["splits"].items():
@@ -159,11 +161,9 @@ def measured_markdown(run: Run, against: Run | None = None, *, num_samples: int 
         parts += _gaps(found, shown)
     if own_choices:
         parts.append(_shown(own_choices_summary(own_choices)))
-    parts.append(
-        _shown(neutral_table(evaluation["neutral"]))
-        if evaluation.get("neutral")
-        else "On prompts that no profile has a bearing on (`--neutral`): not measured."
-    )
+    parts.append("### Prompts that no profile has a bearing on")
+    neutral = evaluation.get("neutral")
+    parts.append(_shown(neutral_table(neutral)) if neutral else "Not measured (`trl-cuma evaluate --neutral`).")
     return "\n\n".join(parts)
 
 
@@ -198,8 +198,8 @@ def _gains_table(gains: Mapping[str, Any]) -> Table:
     note = clean(gains["note"] or "")
     note = f"{note[:1].upper()}{note[1:]}. " if note else ""
     note += f"Paired: both models' scores are resampled together. {INTERVALS}" if rows else ""
-    columns = ["Metric", "Difference", "Reading"]
-    return Table("Gains", columns, rows or [["none", "n/a", ""]], frozenset({2}), note.strip())
+    columns = ["Metric", "Change", "Reading"]
+    return Table("Changes", columns, rows or [["none", "n/a", ""]], frozenset({2}), note.strip())
 
 
 def _group_table(
@@ -216,7 +216,7 @@ def _group_table(
     columns = [clean(field), unit.capitalize() if of_people else "n", *map(heading, keys)]
     texts = set()
     for name in gained:
-        columns += [f"Gain in {heading(name)}", ""]
+        columns += [f"{heading(name)}, change", "Reading"]
         texts.add(len(columns) - 1)
     rows = []
     for entry in entries:
