@@ -58,9 +58,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--requests", type=int, default=32, help="of each number of clients in each round")
+    parser.add_argument("--requests", type=int, default=24, help="of each number of clients in each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max_tokens", type=int, default=32)
+    parser.add_argument("--max_tokens", type=int, default=16)
     args = parser.parse_args()
     requests = [(text, profile) for text in TEXTS for profile in PROFILES]
     random.Random(0).shuffle(requests)
@@ -79,7 +79,7 @@ def main() -> None:
 def make_adapter(folder: Path) -> Path:
     """A tiny base with an adapter whose answers differ between profiles."""
     tokenizer = chat_tokenizer(TEXTS)
-    base = tiny_model("qwen3", vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, initializer_range=0.1)
+    base = tiny_model("qwen3", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, initializer_range=0.1)
     base.generation_config.suppress_tokens = [tokenizer.eos_token_id]  # so that all answers are as long
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

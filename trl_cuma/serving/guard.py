@@ -41,7 +41,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         endpoint = scope["path"] if scope["path"] in self.endpoints else "other"
-        began, status = time.monotonic(), 500
+        began, status = time.monotonic(), 499  # that there was nobody to answer
 
         async def send_and_note(message: dict[str, Any]) -> None:
             nonlocal status
