@@ -27,6 +27,7 @@ PAGES = (
     "trl_cuma.planning",
     "trl_cuma.quickstart",
     "trl_cuma.bench",
+    "trl_cuma.integrations.axolotl",
     "trl_cuma.testing",
 )
 # Bases that the exported trainers and their arguments refer to.
