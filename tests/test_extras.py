@@ -38,6 +38,7 @@ def optional_packages() -> set[str]:
     return {module for module, owners in found if names & {owner.lower().replace("_", "-") for owner in owners}}
 
 
+@pytest.mark.slow
 def test_every_module_imports_with_the_core_alone_or_names_its_extra():
     hidden = optional_packages()
     assert hidden  # else nothing is shown

@@ -108,7 +108,7 @@ def test_a_qlora_recipe_differs_in_the_base_only(path):
     assert quantization.bnb_4bit_quant_storage == quantization.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["", "_qlora"])
+@pytest.mark.parametrize("kind", [pytest.param("", marks=pytest.mark.slow), "_qlora"])
 def test_the_settings_go_together(kind, tmp_path):
     """One SFT and one DPO recipe, on a base that a CPU holds."""
     tokenizer = chat_tokenizer(["Who am I? old young"])

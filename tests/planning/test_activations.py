@@ -130,12 +130,12 @@ def test_the_peak_over_a_4_bit_base(make_base, adapter, make_trainer, tmp_path) 
 @pytest.mark.parametrize(
     "architecture, method, checkpointing",
     [
-        ("qwen3", "sft", None),
         ("qwen3", "dpo", "non-reentrant"),
-        ("bloom", "sft", "reentrant"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("qwen3", "sft", None),
+                ("bloom", "sft", "reentrant"),
                 ("qwen3", "sft", "non-reentrant"),
                 ("qwen3", "dpo", None),
                 ("bloom", "sft", None),

@@ -76,7 +76,10 @@ def losses(trainer: Any) -> list[float]:
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", *SMALL_STATES])
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_torch_fused", SMALL_STATES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL_STATES[1:])],
+)
 def test_each_optimizer_learns(make, optim: str) -> None:
     trainer = make(optim, learning_rate=1e-2)
     before = parameters(trainer)
@@ -85,6 +88,7 @@ def test_each_optimizer_learns(make, optim: str) -> None:
     assert all(not torch.equal(before[name], value) for name, value in after.items())
 
 
+@pytest.mark.slow
 def test_dpo_learns_with_an_8_bit_state(make, make_dpo) -> None:
     trainer = make("adamw_8bit", factory=make_dpo, learning_rate=1e-2, cuma_aux_loss_coef=0.0)
     trainer.train()
@@ -185,7 +189,9 @@ def test_on_a_gpu_large_states_are_paged(make) -> None:
     assert (difference - expected).norm() < 1e-2 * expected.norm()  # sums on a GPU have no fixed order
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize(
+    "optim", ["adamw_8bit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adafactor", "paged_adamw_32bit"))]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(make, optim: str) -> None:
     """Bitwise, state included; without its state it would start with steps of full size."""
     whole = make(optim, save_strategy="steps", save_steps=2)
@@ -201,6 +207,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, optim: str) -> None:
             assert torch.equal(torch.as_tensor(loaded[name][key]), torch.as_tensor(value)), (name, key)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(make) -> None:
     """A recomputation repeats the forward's operations, so the gradients are bitwise the same."""
     expected = trained(make("adamw_8bit", 2))
