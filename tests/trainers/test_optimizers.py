@@ -78,7 +78,10 @@ def losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize(
     "optim",
-    ["adamw_torch_fused", SMALL_STATES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL_STATES[1:])],
+    [
+        pytest.param(name, marks=[] if name in ("adamw_torch_fused", "adamw_8bit") else pytest.mark.slow)
+        for name in ("adamw_torch_fused", *SMALL_STATES)
+    ],
 )
 def test_each_optimizer_learns(make, optim: str) -> None:
     trainer = make(optim, learning_rate=1e-2)
