@@ -15,7 +15,6 @@ its length in tokens, and whether the model ended it. It repeats no profile, and
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from trl_cuma.evaluation.generation import generate_answers
 from trl_cuma.generation.batches import has_chat_template
 from trl_cuma.generation.loading import add_loading_arguments, add_model_arguments, check_model_paths, load_model
 from trl_cuma.generation.profiles import check_profile
+from trl_cuma.generation.tables import read_table
 from trl_cuma.generation.vectors import demographic_table
 
 
@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     check_model_paths(args.model, args.adapter)
     if args.output.exists() or not args.output.resolve().parent.is_dir():
         raise FileExistsError(f"`--output` {args.output} is there already, or its folder is not. Name a new file.")
-    profiles = read_table(args.profiles)
-    prompts = args.prompt + ([row.get("prompt") for row in read_table(args.prompts)] if args.prompts else [])
+    profiles = read_table(args.profiles, "--profiles")
+    prompts = args.prompt + (
+        [row.get("prompt") for row in read_table(args.prompts, "--prompts")] if args.prompts else []
+    )
     if not prompts or not all(prompt and isinstance(prompt, str | list) for prompt in prompts):
         raise ValueError("A prompt is missing or no text. Give `--prompt`, or `--prompts` with `prompt` on each line.")
     loading = {name: getattr(args, name) for name in ("dtype", "load_in_4bit", "trust_remote_code")}
@@ -80,25 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     ]
     write_lines(args.output, rows)
     print(f"{len(prompts)} prompts for {len(profiles)} profiles: {len(rows)} answers in {args.output}.")
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV with a header, or of JSON lines of objects; the error names the line."""
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(file, strict=True))
-            wrong = [number for number, row in enumerate(rows, start=1) if None in row or None in row.values()]
-            if wrong:
-                raise ValueError(f"{path}, row {wrong[0]} after the header has more or fewer values than the header.")
-            return rows
-        rows = []
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError):
-                    raise ValueError(f"{path}, line {number} is no JSON object.") from None
-        return rows
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_cuma.cli import main
-from trl_cuma.export.command import read_table
 
 
 @pytest.fixture
@@ -82,19 +81,3 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(tmp_path, capsys, m
     command = ["export", "--adapter", str(tmp_path / "cuma"), "--output_dir", str(tmp_path / "out"), *arguments]
     assert main(command) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_table_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"name": "a", "country": "Kenya", "age": null}\n\n{"age": 30}\n')
-    assert read_table(tmp_path / "a.jsonl") == [("a", {"country": "Kenya"}), (None, {"age": 30})]
-    for name, text, message in (
-        ("b.jsonl", '{"country": "Kenya"}\nKenya\n', "line 2 is no JSON"),
-        ("c.jsonl", '["Kenya"]\n', "row 1 is no object"),
-        ("d.csv", "country,age\nKenya\n", "row 1 has another number of columns"),
-        ("e.csv", "country\nKenya,30\n", "row 1 has another number of columns"),
-        ("f.txt", "country", "give a .csv or .jsonl"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message) as error:
-            read_table(tmp_path / name)
-        assert "Kenya" not in str(error.value)

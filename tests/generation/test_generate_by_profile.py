@@ -60,10 +60,10 @@ def test_every_prompt_for_every_profile(run, answerer, tmp_path, capsys, kind):
 @pytest.mark.parametrize(
     ("people", "arguments", "message"),
     [
-        ("country,age\nKenya\n", [], "row 1 after the header has more or fewer values"),
+        ("country,age\nKenya\n", [], "row 1 has more or fewer values"),
         ("planet\nZanzibar\n", [], "Profile 1 of `--profiles` has no field that the adapter knows"),
         ("country\nJapan\n", ["--prompt", ""], "A prompt is missing or no text"),
-        ("country\nJapan\n", ["--prompts", "people.jsonl"], "people.jsonl, line 2 is no JSON object"),
+        ("country\nJapan\n", ["--prompts", "people.jsonl"], "people.jsonl: line 2 is no JSON object"),
         ("country\nJapan\n", ["--prompts", "numbers.jsonl"], "A prompt is missing or no text"),
         ("country\nJapan\n", ["--batch_size", "0"], "`batch_size` is 0"),
         ("country\nJapan\n", ["--output", "people.csv"], "`--output` people.csv is there already"),

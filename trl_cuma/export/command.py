@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..generation.loading import (
     load_model,
 )
 from ..generation.profiles import parse_profile
+from ..generation.tables import read_table
 
 NAME = "name"
 """The column of a table of profiles that names the exports."""
@@ -147,7 +147,10 @@ def _profiles(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name → profile, from both options; exports without a name are p000, p001, …"""
     rows: list[tuple[str | None, Any]] = [(None, parse_profile(text)) for text in args.profile]
     if args.profiles is not None:
-        rows += read_table(args.profiles)
+        for row in read_table(args.profiles, "--profiles"):
+            name = row.pop(NAME, None)
+            known = {field: value for field, value in row.items() if value not in (None, "")}
+            rows.append((None if name in (None, "") else str(name), known))
     if not rows:
         raise ValueError("Nobody to export: give `--profile country=Kenya,…` or a table, `--profiles`.")
     found: dict[str, dict[str, Any]] = {}
@@ -157,47 +160,6 @@ def _profiles(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise ValueError(f"`--profiles` has the name {name!r} twice. Names are folders: give each once.")
         found[name] = profile
     return found
-
-
-def read_table(path: Path) -> list[tuple[str | None, dict[str, Any]]]:
-    """
-    Profiles of a .csv or .jsonl file: a row each, a column per field; empty cells are not known.
-
-    Raises:
-        `FileNotFoundError`: There is no such file.
-        `ValueError`: It is of another kind, or a line can't be read; the message repeats no value.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"`--profiles` {path} is no file.")
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows: list[Any] = list(csv.DictReader(file, strict=True))
-    elif path.suffix == ".jsonl":
-        rows = _read_lines(path, "--profiles")
-    else:
-        raise ValueError(f"`--profiles` {path} is a {path.suffix or 'file without ending'}; give a .csv or .jsonl.")
-    found = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"`--profiles` {path}: row {number} is no object of fields.")
-        if path.suffix == ".csv" and (None in row or None in row.values()):  # how DictReader says it
-            raise ValueError(f"`--profiles` {path}: row {number} has another number of columns than the first line.")
-        name = row.pop(NAME, None)
-        found.append(
-            (None if name in (None, "") else str(name), {k: v for k, v in row.items() if v not in (None, "")})
-        )
-    return found
-
-
-def _read_lines(path: Path, option: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"`{option}` {path}: line {number} is no JSON ({error.msg}).") from None
-    return rows
 
 
 def _training_data(args: argparse.Namespace) -> tuple[list[Any] | None, list[Any]]:
@@ -230,8 +192,8 @@ def _training_data(args: argparse.Namespace) -> tuple[list[Any] | None, list[Any
             looked_at = rows.select(np.sort(drawn))
             prompts = _without_stated(list(looked_at["prompt"]), list(looked_at[args.demographic_column]))
     if args.prompts is not None:
-        lines = _read_lines(Path(args.prompts), "--prompts")
-        if not all(isinstance(line, dict) and line.get("prompt") for line in lines):
+        lines = read_table(Path(args.prompts), "--prompts")
+        if not all(line.get("prompt") for line in lines):
             raise ValueError(f"`--prompts` {args.prompts}: every line must be an object with a `prompt`.")
         prompts = [line["prompt"] for line in lines]
     unique = list({json.dumps(prompt): prompt for prompt in prompts}.values())
