@@ -164,9 +164,9 @@ class CuMAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = CUMA
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's configs
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         for name in ("r", "num_experts", "top_k", "router_hidden", "router_layers"):
             check_positive(name, getattr(self, name))
         for name in ("demographic_dim", "demographic_projection", "film_hidden"):

@@ -21,8 +21,9 @@ def add_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member._sort_order_ = len(PeftType.__members__)
-    member.__objclass__ = PeftType
+    # What an enum's members have, and no stub knows.
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

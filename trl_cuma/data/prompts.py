@@ -187,7 +187,9 @@ def read_letters(prompt: str, num_options: int) -> LetteredText:
     body = prompt[: len(prompt) - len(letters.end)]
     marks = [f"{letters.joint}{letter}{letters.mark} " for letter in OPTION_LETTERS[:num_options]]
     marks[0] = letters.before + marks[0].removeprefix(letters.joint)
-    first, last, start, stop = [], [], 0, len(body)
+    first: list[int] = []
+    last: list[int] = []
+    start, stop = 0, len(body)
     for mark in marks:  # each as far ahead as can be, from the first
         first.append(body.find(mark, start))
         start = first[-1] + len(mark)

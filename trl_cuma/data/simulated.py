@@ -162,7 +162,7 @@ def simulate_survey(
         {field: value_lists[field][code] for field, code in zip(fields, row, strict=True) if code >= 0}
         for row in coded.tolist()
     ]
-    complete = (coded[:, :3] >= 0).all(1)
+    complete = np.asarray((coded[:, :3] >= 0).all(1))
     group_probs = np.full((len(coded), NUM_GROUPS), np.nan)
     group_probs[complete] = group_table[tuple(coded[complete, :3].T)]
 
@@ -176,7 +176,7 @@ def simulate_survey(
     # Every question but the first of each topic can be held out.
     unseen = np.zeros(num_questions, dtype=bool)
     unseen[num_topics + choosing.permutation(max(num_questions - num_topics, 0))[:held_out_questions]] = True
-    parts = [(name, name, ~unseen) for name in splits.tolist()]
+    parts: list[tuple[str, str, np.ndarray]] = [(name, name, ~unseen) for name in splits.tolist()]
     if held_out_questions:
         parts.append(("held_out_questions", "held_out_people", unseen))
 

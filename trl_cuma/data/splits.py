@@ -256,22 +256,21 @@ def _known(people: pd.DataFrame, field: str, option: str) -> pd.Series:
 def _in_countries(people: pd.DataFrame, options: SplitOptions) -> np.ndarray:
     column, chosen = _known(people, "country", "holdout_countries"), options.holdout_countries
     countries = set(column.dropna())
-    if isinstance(chosen, int):
-        chosen = _shuffled(countries, "country", options.seed)[:chosen]
-    elif unknown := [name for name in chosen if name not in countries]:
+    names = _shuffled(countries, "country", options.seed)[:chosen] if isinstance(chosen, int) else list(chosen)
+    if unknown := [name for name in names if name not in countries]:
         raise ValueError(
             f"`holdout_countries` has {unknown}, which none of the {len(countries)} countries is called. Write them "
             'as the source does; countries of few people are together as "Other".'
         )
-    if countries <= set(chosen):
+    if countries <= set(names):
         raise ValueError(f"`holdout_countries` takes all of the {len(countries)} countries. Leave one to train on.")
-    return column.isin(chosen).to_numpy()
+    return column.isin(names).to_numpy()
 
 
 def _in_combinations(
     people: pd.DataFrame, labels: np.ndarray, training: np.ndarray, options: SplitOptions
 ) -> np.ndarray:
-    fields = sorted(options.holdout_combinations)
+    fields = sorted(options.holdout_combinations or ())
     first, second = (_known(people, field, "holdout_combinations") for field in fields)
     left = [Counter(column[training]) for column in (first, second)]  # training people of each value
     both = (first.notna() & second.notna()).to_numpy() & (labels != TEST_COUNTRIES)

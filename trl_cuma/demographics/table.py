@@ -195,6 +195,7 @@ class DemographicTable:
     def _cache(self) -> TableCache | None:
         if self.cache_dir is None or not isinstance(self.encoder, TextEncoder):
             return None
+        assert self._fingerprint is not None  # the encoder's
         return TableCache(self.cache_dir, self._fingerprint, self.encoder.dim)
 
     def _insert(self, keys: list[bytes], rows: list[torch.Tensor]) -> None:

@@ -84,7 +84,7 @@ class TextEncoder:
     @property
     def dim(self) -> int:
         """The length of a vector; loads the model if the encoder is not fitted."""
-        return len(self._mean) if self.is_fitted else self._embed(["dim"], show_progress=False).shape[1]
+        return self._embed(["dim"], show_progress=False).shape[1] if self._mean is None else len(self._mean)
 
     def fit(
         self,
@@ -142,6 +142,7 @@ class TextEncoder:
         """
         profiles = read_profiles(profiles)
         self.check(profiles, missing)
+        assert self._mean is not None and self._rms is not None  # it is fitted
         vectors = torch.zeros(len(profiles), self.dim)
         known = [row for row, profile in enumerate(profiles) if not profile.is_missing]
         if known:
@@ -170,6 +171,7 @@ class TextEncoder:
         and RMS. The mean is an aggregate over all training profiles; no text is stored.
         """
         self._require_fit()
+        assert self._mean is not None
         state = {
             "type": "text",
             "model": self.model,
@@ -252,7 +254,7 @@ class TextEncoder:
         model = self._load()
         texts = [self.template.replace("{text}", text) for text in texts]
         # A prompt that the model applies by default is part of what it reads.
-        prompt = (model.prompts or {}).get(model.default_prompt_name) or ""
+        prompt = (model.prompts or {}).get(model.default_prompt_name or "") or ""
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, length in enumerate(self._token_lengths(model, [prompt + text for text in texts])):
             by_length[length].append(row)
@@ -261,7 +263,7 @@ class TextEncoder:
             for _, rows in sorted(by_length.items())
             for start in range(0, len(rows), self.batch_size)
         ]
-        embeddings: list[torch.Tensor | None] = [None] * len(texts)
+        embeddings = [torch.empty(0)] * len(texts)  # each is replaced
         with tqdm(total=len(texts), desc="Encoding profiles", unit="profile", disable=not show_progress) as progress:
             for rows in batches:
                 batch = model.encode(
@@ -330,7 +332,7 @@ def _describe_pooling(model: "SentenceTransformer") -> str:
     for module in model:
         name = type(module).__name__
         if name == "Pooling":
-            settings = module.get_config_dict()
+            settings = module.get_config_dict()  # type: ignore[operator]  # a module's attributes are tensors to mypy
             name += "(" + ", ".join(f"{key}={settings[key]}" for key in sorted(settings)) + ")"
         parts.append(name)
     return " > ".join(parts)

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 
 def read_column(columns: Mapping[str, Any], name: str, argument: str) -> Sequence[Any]:
@@ -44,15 +44,16 @@ def plain_text(value: str | Sequence[Mapping[str, Any]]) -> str:
         return value
     if not isinstance(value, Sequence) or not all(isinstance(message, Mapping) for message in value):
         raise TypeError(f"expected text or a list of chat messages, got {type(value).__name__}")
-    for message in value:
+    messages = cast(Sequence[Mapping[str, Any]], value)
+    for message in messages:
         if not isinstance(message.get("role"), str):
             raise TypeError("expected chat messages with a `role` each, got one without")
         if "content" not in message and not message.get("tool_calls"):
             raise TypeError("expected chat messages with a `content` each, got one without")
-    contents = [_content_text(message.get("content")) for message in value]
+    contents = [_content_text(message.get("content")) for message in messages]
     if len(contents) == 1:
         return contents[0]
-    return "\n\n".join(f"{message['role']}: {content}" for message, content in zip(value, contents, strict=True))
+    return "\n\n".join(f"{message['role']}: {content}" for message, content in zip(messages, contents, strict=True))
 
 
 def strip_reasoning(text: str) -> str:

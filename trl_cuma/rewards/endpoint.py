@@ -70,9 +70,10 @@ class ChatEndpoint:
 
     def ask(self, question: str) -> Reply:
         """Send `question` as the only message. Failures are returned by kind: a server's words may repeat the text."""
-        messages = [{"role": "user", "content": question}]
         try:
-            response = self._client.chat.completions.create(model=self.model, messages=messages, **self.sampling)
+            response = self._client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": question}], **self.sampling
+            )
         except self._openai.APITimeoutError:
             return Reply(failure="timeout")
         except self._openai.APIStatusError as error:

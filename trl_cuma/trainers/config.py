@@ -65,7 +65,7 @@ class CuMATrainingArguments:
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # TRL's
+        super().__post_init__()  # type: ignore[misc]  # TRL's: this is a mixin
         for name in ("cuma_aux_loss_coef", "cuma_z_loss_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")

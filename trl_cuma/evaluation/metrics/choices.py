@@ -95,8 +95,8 @@ def country_accuracies(
 ) -> np.ndarray:
     """Each country's [`accuracy`], `(countries,)`; see [`country_macro_accuracy`] for the arguments."""
     truth, predicted, weights = _check(truth, predicted, weights)
-    country = np.array(country, dtype=object)
-    parts = [country == name for name in dict.fromkeys(name for name in country if name is not None)]
+    labels = np.array(country, dtype=object)
+    parts = [labels == name for name in dict.fromkeys(name for name in country if name is not None)]
     return np.array([accuracy(truth[part], predicted[part], weights[part]) for part in parts])
 
 

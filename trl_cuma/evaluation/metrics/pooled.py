@@ -119,7 +119,7 @@ def collapse_index(
     for name, probs in (("truth", truth), ("predicted", predicted), ("marginal", marginal)):
         check_distributions(name, probs, num_options)
     gaps = np.stack([entropy(predicted) - entropy(truth), entropy(marginal) - entropy(truth)], 1)
-    options = dict(weights=weights, level=level, num_samples=num_samples, seed=seed)
+    options: dict[str, Any] = dict(weights=weights, level=level, num_samples=num_samples, seed=seed)
     gap = bootstrap_interval(gaps[:, 1], clusters, **options)
     if note := denominator_note(gap, "H(marginal) - H(truth)", MIN_ENTROPY_GAP):
         return Estimate(None, None, None, gap.n, note)

@@ -111,7 +111,7 @@ def stereotyping_table(
     information = np.bincount(code, weights * true_between) / np.where(masses > 0, masses, 1.0)
     blurred = np.bincount(code, weights * noise) / np.where(masses > 0, masses, 1.0) > CONSENSUS / 2
     consensus = ((information < CONSENSUS) & (masses > 0) & ~blurred)[code]
-    table = {"all": row(np.ones(len(truth), dtype=bool))}
+    table: dict[str, Any] = {"all": row(np.ones(len(truth), dtype=bool))}
     table["consensus"] = row(consensus, ratio=False) if consensus.any() else None
     if group is not None:
         label = np.array(group, dtype=object)
