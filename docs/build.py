@@ -23,6 +23,7 @@ PAGES = (
     "trl_cuma.data",
     "trl_cuma.evaluation",
     "trl_cuma.evaluation.metrics",
+    "trl_cuma.export",
     "trl_cuma.rewards",
     "trl_cuma.planning",
     "trl_cuma.quickstart",
