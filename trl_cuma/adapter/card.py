@@ -47,7 +47,7 @@ def write_card(
         `ValueError`: `measured` without weights in the folder.
     """
     path = os.path.join(folder, "README.md")
-    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("")
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard("---\n{}\n---\n")  # else it warns
     text, weights = card.text, None
     before, begin, rest = text.rpartition(BEGIN)  # the last: a lone mark of the owner's begins nothing
     own, end, after = rest.partition(END)
