@@ -123,6 +123,11 @@ def test_numbers_out_of_range_are_named(fields, message):
         Distillation(**fields)
 
 
+def test_a_prompt_beyond_the_models_context_is_refused(make_model, tokenizer, encoded):
+    with pytest.raises(ValueError, match="Prompt 2 has 3000 tokens"):
+        Exporter(make_model(routing="joint"), tokenizer, [*encoded[:2], [3] * 3000, *encoded[2:]])
+
+
 def test_too_few_prompts_and_dropout_are_refused(make_model, tokenizer, encoded):
     with pytest.raises(ValueError, match="`prompts` has 7 different prompts; it takes at least 8"):
         Exporter(make_model(routing="joint"), tokenizer, encoded[:7])

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter.export import Factors, adapted_layers, collapse, exported_adapter, is_exact, to_rank
+from ..generation.batches import check_length
 from .distill import Answered, Distance, Distillation, answer, average, distill, measure
 
 MAX_DEFAULT_RANK = 64
@@ -76,6 +77,8 @@ class Exporter:
             raise ValueError(f"`rank` is {rank}, expected at least 1.")
         self.exact = is_exact(config) and (rank is None or rank >= natural)
         self.rank = rank or (natural if self.exact else min(natural, MAX_DEFAULT_RANK))
+        for number, tokens in enumerate(self.encoded):
+            check_length(model, tokens, self.how.max_new_tokens, f"Prompt {number}")
         if self.encoded:
             self.fitted, self.held_out = self.how.split(len(self.encoded))
         elif not self.exact:

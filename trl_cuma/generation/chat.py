@@ -42,7 +42,9 @@ def chat_parser() -> argparse.ArgumentParser:
     )
     add("--system", default=None, help="the system message of every conversation")
     group = parser.add_argument_group("answers", "default: the model's own generation settings")
-    group.add_argument("--max_new_tokens", type=int, default=512, help="of an answer; default: 512")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=None, help="of an answer; default: 512, or half the context"
+    )
     group.add_argument("--temperature", type=float, default=None, help="0 is greedy")
     group.add_argument("--top_p", type=float, default=None, help="mass of the most likely tokens that are drawn from")
     group.add_argument("--top_k", type=int, default=None, help="how many of them; 0: all")
@@ -63,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging
 
     from .answering import Answerer
+    from .batches import context_length
 
     logging.disable_progress_bar()
     model, tokenizer, _ = loading.load_model(
@@ -72,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         load_in_4bit=args.load_in_4bit,
         trust_remote_code=args.trust_remote_code,
     )
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(512, (context_length(model) or 1024) // 2)
     answerer = Answerer(model, tokenizer)
     return Chat(answerer, profiles, args).run()
 
