@@ -42,9 +42,7 @@ def chat_parser() -> argparse.ArgumentParser:
     )
     add("--system", default=None, help="the system message of every conversation")
     group = parser.add_argument_group("answers", "default: the model's own generation settings")
-    group.add_argument(
-        "--max_new_tokens", type=int, default=None, help="of an answer; default: 512, or half the context"
-    )
+    group.add_argument("--max_new_tokens", type=int, default=None, help="default: 512, or half the context")
     group.add_argument("--temperature", type=float, default=None, help="0 is greedy")
     group.add_argument("--top_p", type=float, default=None, help="mass of the most likely tokens that are drawn from")
     group.add_argument("--top_k", type=int, default=None, help="how many of them; 0: all")
