@@ -220,6 +220,7 @@ def conversion(heads, task="sft", splits=None, min_count=1, prompts=None, turns=
         splits=splits,
         min_count=min_count,
         keep_unknown=False,
+        license="own",
     )
 
 

@@ -194,8 +194,12 @@ def _license(config: CuMAConfig) -> str:
     if len(known) < len(runs):
         lines.append("- of other training data: not recorded")
     text = "\n".join(lines)
-    restricts = any(re.search(r"\bnc\b|non-?(commercial|profit)", terms, re.IGNORECASE) for _, terms in known)
-    return f"{text}\n\n{NON_COMMERCIAL}" if restricts else text
+    return f"{text}\n\n{NON_COMMERCIAL}" if any(forbids_commerce(terms) for _, terms in known) else text
+
+
+def forbids_commerce(terms: str) -> bool:
+    """Whether a licence's name or a data set's terms say that commercial use is excluded (cc-by-nc-sa-4.0, …)."""
+    return re.search(r"\bnc\b|non-?(commercial|profit)", terms, re.IGNORECASE) is not None
 
 
 def _limits(config: CuMAConfig) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..adapter.card import public_name
+from ..adapter.card_text import forbids_commerce, public_name
 from ..adapter.export import exported_adapter, lora_config, save_lora
 from ..demographics import DemographicProfile
 from .check import check_files, vllm_rank
@@ -121,11 +120,6 @@ class Exports:
         return "\n".join(lines)
 
 
-def is_non_commercial(licence: str) -> bool:
-    """Whether a licence's name says that commercial use is excluded (cc-by-nc-sa-4.0, …)."""
-    return re.search(r"\bnc\b|non-?commercial", licence.lower()) is not None
-
-
 def data_of(model: PeftModel) -> list[dict[str, Any]]:
     """Names and licences of the data sets in the adapter's record of its training, as far as it has them."""
     _, config = exported_adapter(model)
@@ -134,7 +128,7 @@ def data_of(model: PeftModel) -> list[dict[str, Any]]:
     ]
     unique = [dict(pairs) for pairs in dict.fromkeys(tuple(each.items()) for each in found if each)]
     return [
-        {**each, "non_commercial": is_non_commercial(each["dataset_license"])} if "dataset_license" in each else each
+        {**each, "non_commercial": forbids_commerce(each["dataset_license"])} if "dataset_license" in each else each
         for each in unique
     ]
 
@@ -198,7 +192,7 @@ def card(record: Record, exports: Exports) -> str:
 
 def _licences(exports: Exports) -> str:
     names = {each["dataset_license"] for each in exports.data if "dataset_license" in each}
-    return ", ".join(f"{name} (non-commercial)" if is_non_commercial(name) else name for name in sorted(names))
+    return ", ".join(f"{name} (non-commercial)" if forbids_commerce(name) else name for name in sorted(names))
 
 
 def _nearness(record: Record) -> str:
