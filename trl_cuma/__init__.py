@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         CuMASFTTrainer,
     )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CuMAConfig",
