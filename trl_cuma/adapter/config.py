@@ -155,10 +155,10 @@ class CuMAConfig(PeftConfig):
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_card(save_directory, self)
 
-    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """What `push_to_hub` does last: a configuration alone has no card, and leaves that on the Hub as it is."""
         os.remove(os.path.join(working_dir, "README.md"))
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __post_init__(self) -> None:
         super().__post_init__()
