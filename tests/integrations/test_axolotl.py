@@ -54,7 +54,7 @@ def test_axolotl_finds_the_adapter_and_its_arguments(manager):
 
 
 def test_without_the_adapter_the_plugin_does_nothing(manager, cfg):
-    other = DictDefault(cfg | {"adapter": "lora"})
+    other = DictDefault({**cfg, "adapter": "lora"})
     assert manager.load_adapter(None, other) is None
     assert manager.get_trainer_cls(other) is None
     assert manager.load_datasets(other) is None
@@ -74,7 +74,7 @@ def test_what_axolotl_sends_to_its_telemetry_holds_no_profiles(manager, cfg, tmp
     model, _ = manager.load_adapter(tiny_model("qwen3", vocab_size=20), cfg)
     model.active_peft_config.demographic_encoder = FieldEncoder(min_count=1).fit(PEOPLE).state()
     model.save_pretrained(tmp_path)
-    again = DictDefault(cfg | {"lora_model_dir": str(tmp_path)})
+    again = DictDefault({**cfg, "lora_model_dir": str(tmp_path)})
     loaded, config = manager.load_adapter(tiny_model("qwen3", vocab_size=20), again)
     assert loaded.active_peft_config.demographic_encoder is not None
     assert "JP" not in json.dumps(config.to_dict(), default=str)
@@ -98,14 +98,14 @@ def test_what_would_be_dropped_in_silence_is_refused(given, message):
 
 
 def test_the_training_arguments_that_were_given_reach_the_trainer(manager, cfg):
-    given = DictDefault(cfg | {"cuma_aux_loss_coef": 0.5, "demographic_column": "who"})
+    given = DictDefault({**cfg, "cuma_aux_loss_coef": 0.5, "demographic_column": "who"})
     assert manager.get_training_args(given) == {"cuma_aux_loss_coef": 0.5, "demographic_column": "who"}
 
 
 def test_the_encoder_is_fitted_on_the_data_and_sizes_the_adapter(cfg):
     plugin = CuMAPlugin()
-    plugin._fit(DictDefault(cfg | {"cuma_encoder": "field", "cuma_encoder_min_count": 2}), rows_with(PEOPLE))
-    model, _ = plugin.load_adapter(tiny_model("qwen3", vocab_size=20), DictDefault(cfg | {"cuma_encoder": "field"}))
+    plugin._fit(DictDefault({**cfg, "cuma_encoder": "field", "cuma_encoder_min_count": 2}), rows_with(PEOPLE))
+    model, _ = plugin.load_adapter(tiny_model("qwen3", vocab_size=20), DictDefault({**cfg, "cuma_encoder": "field"}))
     assert plugin.encoder.is_fitted and model.active_peft_config.demographic_dim == 4  # two values of two fields
     with pytest.raises(ValueError, match="has no 'demographic' column"):
         plugin._fit(cfg, Dataset.from_dict({"input_ids": [[1]]}))
@@ -144,7 +144,7 @@ if importlib.util.find_spec("trl.experimental.prm") is None:
 from axolotl.cli.train import do_cli
 do_cli(sys.argv[1])
 """
-NEEDED = ("httpcore", "PIL", "triton", "addict", "fire", "posthog", "dotenv", "art")
+NEEDED = ("httpcore", "PIL", "triton", "addict", "fire", "posthog", "dotenv", "art", "evaluate")
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_a_training_from_axolotl_s_command_line(method, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"path": "rows.jsonl", "ds_type": "json", "split": "train"}
     settings = {
-        "base_model": "./base",
+        "base_model": str(tmp_path / "base"),
         "plugins": [PLUGIN],
         "adapter": "cuma",
         "lora_r": 2,

@@ -21,11 +21,13 @@ other `cuma_*` and `demographic_*` keys are those of our own recipes; rank, alph
 
 Versions: axolotl 0.19.0 pins peft 0.20.0, transformers 5.16.1, trl 1.9.0, accelerate 1.13.0 and datasets 4.8.4, all
 older than what trl_cuma needs, so pip can't install both. Beside trl_cuma's versions (`pip install --no-deps axolotl`,
-and what it imports) its trainers don't import, for want of `trl.experimental.prm`, which TRL 1.16 no longer has.
+and what it imports) its trainers don't import, for want of `trl.experimental.prm`, which TRL 1.16 no longer has. With
+a stand-in for that module its command line trains by SFT and DPO, on the CPU with a tiny model: `tests/integrations`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import fields
 from types import SimpleNamespace
@@ -204,7 +206,7 @@ class CuMAPlugin(BasePlugin):
             config.demographic_dim = self._dim
             model = get_peft_model(model, config)
         model.print_trainable_parameters()
-        shown = CuMAConfig.from_dict(model.active_peft_config.to_dict())
+        shown = copy.deepcopy(model.active_peft_config)
         shown.demographic_encoder = shown.training = None
         return model, shown
 

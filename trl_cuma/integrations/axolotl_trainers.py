@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .axolotl import CuMAPlugin  # isort: skip  # first, since without axolotl it says what to install
+
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +13,12 @@ from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import PluginManager
+from torch import nn
 
 from ..demographics import DemographicEncoder
 from ..trainers.collation import DemographicCollator
 from ..trainers.mixin import CuMATrainerMixin
 from ..trainers.reference import ReferenceMixin
-from .axolotl import CuMAPlugin
 
 
 def encoder_of_run() -> DemographicEncoder | None:
@@ -38,14 +40,31 @@ class _Recorded:
         super().create_model_card(dataset_name=", ".join(dataset_tags or ()) or None)
 
 
-class _WithoutPeftConfig(AxolotlTrainer):
-    """axolotl makes the adapter before this trainer, which knows no `peft_config`."""
+class _AsModule(nn.Module):
+    """The mixin's function around the model, as a module: axolotl and accelerate look at it."""
+
+    def __init__(self, function: Callable, model: nn.Module) -> None:
+        super().__init__()
+        self.function, self.config = function, model.config
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class _BelowMixin(AxolotlTrainer):
+    """What [`CuMATrainerMixin`] hands down, as axolotl's trainer takes it."""
 
     def __init__(self, *args: Any, peft_config: None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # axolotl has made the adapter already
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            model = _AsModule(model, self.accelerator.unwrap_model(self.model))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class CuMAAxolotlTrainer(_Recorded, CuMATrainerMixin, _WithoutPeftConfig):
+class CuMAAxolotlTrainer(_Recorded, CuMATrainerMixin, _BelowMixin):
     """axolotl's `AxolotlTrainer` (SFT); the only change is that each row is routed by its demographic column."""
 
     config_class = AxolotlTrainingArguments
