@@ -184,7 +184,7 @@ def _encode(model: PeftModel, profiles: Mapping[str, Any]) -> torch.Tensor:
             raise ValueError(f"Profile {name!r} is a {type(profile).__name__}, expected a mapping of fields.")
         warnings = check_profile(table, profile, f"Profile {name!r}")
         if warnings:
-            raise ValueError(warnings[0])
+            raise ValueError(f"{warnings[0]} What is exported under a name has to be of all that it says.")
         if not DemographicProfile.from_value(profile).fields:
             raise ValueError(f"Profile {name!r} says nothing: there is nobody to export.")
     return table(list(profiles.values()))
