@@ -4,3 +4,9 @@ An OpenAI-compatible server for development: answers by profile, where no infere
 
 `examples/serve.py` runs it; it needs `pip install 'trl_cuma[serve]'`. For production see `recipes/serving`.
 """
+
+from ..extras import needs_extra
+
+with needs_extra("serve", "The server"):
+    import fastapi  # noqa: F401  for all modules here
+    import prometheus_client  # noqa: F401
