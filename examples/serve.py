@@ -60,13 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.model is None and args.adapter is None:
         raise ValueError("There is nothing to serve. Name an adapter with `--adapter`, or a model with `--model`.")
     check_model_paths(args.model, args.adapter)
-    try:
-        import uvicorn
-
-        from trl_cuma.serving.app import ServerSettings, create_app
-    except ImportError as error:
-        raise ImportError(f"The server needs {error.name}: pip install 'trl_cuma[serve]'") from error
     from trl_cuma.generation.answering import Answerer
+    from trl_cuma.serving.app import ServerSettings, create_app  # first: without the extra it says how to get it
+
+    import uvicorn  # isort: skip
 
     name = args.name or os.path.basename(os.path.normpath(args.adapter or args.model))
     settings = ServerSettings(name=name, api_key=key, **{name: getattr(args, name) for name in LIMITS})

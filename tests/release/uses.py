@@ -7,9 +7,12 @@ and raises `ImportError` where the extra is not installed.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -149,10 +152,42 @@ def evaluation(folder: Path) -> None:
     assert t_interval(np.array([1.0, 2.0, 3.0])).value == 2.0
 
 
+def serve(folder: Path) -> None:
+    """The server answers over HTTP, for a profile."""
+    from trl_cuma.serving.app import ServerSettings, create_app
+
+    import uvicorn  # isort: skip
+
+    from trl_cuma.generation.answering import Answerer
+    from trl_cuma.generation.loading import load_model
+
+    model, tokenizer, _ = load_model(None, str(folder / "adapter"))
+    app = create_app(Answerer(model, tokenizer), ServerSettings(name="cuma"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server ended"
+            time.sleep(0.05)
+        body = {"prompt": "w1 w2", "max_tokens": 2, "metadata": PEOPLE[0]}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as response:
+            assert json.load(response)["usage"]["completion_tokens"] >= 1
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 USES = {
     "quantization": quantization,
     "deepspeed": deepspeed,
     "text-encoder": text_encoder,
     "judge": judge,
     "evaluation": evaluation,
+    "serve": serve,
 }

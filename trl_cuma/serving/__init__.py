@@ -10,3 +10,4 @@ from ..extras import needs_extra
 with needs_extra("serve", "The server"):
     import fastapi  # noqa: F401  for all modules here
     import prometheus_client  # noqa: F401
+    import uvicorn  # noqa: F401
