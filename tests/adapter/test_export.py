@@ -16,7 +16,6 @@ from trl_cuma.adapter.export import (
     is_exact,
     lora_config,
     mean_gates,
-    ranks_of,
     save_lora,
     to_rank,
 )
@@ -51,7 +50,7 @@ def routed(architecture: str = "llama", dtype: torch.dtype = torch.float32, **fi
 def exported(model: PeftModel, embeds: torch.Tensor, folder) -> PeftModel:
     """What PEFT makes of the two files, on a base of its own."""
     factors = collapse(model, embeds)
-    rank = max(ranks_of(factors))
+    rank = max(len(a) for a, _ in factors.values())
     factors = {name: to_rank(pair, rank) for name, pair in factors.items()}
     dtype = next(model.parameters()).dtype
     save_lora(folder, factors, lora_config(model, rank), torch.float32 if dtype == torch.bfloat16 else dtype)

@@ -6,7 +6,7 @@ does for a person where the profile alone decides the gates, an approximation wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -219,8 +219,3 @@ def save_lora(folder: Path, factors: Mapping[str, Factors], config: LoraConfig, 
             tensors[f"base_model.model.{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-def ranks_of(factors: Mapping[str, Factors]) -> Sequence[int]:
-    """Rank of each layer's product, as it is held."""
-    return [len(a) for a, _ in factors.values()]

@@ -106,22 +106,23 @@ def _checked(suite: Suite, published: dict[str, Any], new: dict[str, Any]) -> It
     for what in [[arm] for arm in arms] + pairs:
         for budget, found in run["budgets"].items():
             for split in found["splits"]:
-                before, after = (_logs(suite, results, what, int(budget), split) for results in (published, new))
-                # An arm's own values are taken as they are; ratios are symmetric as logarithms.
-                scale, back = (np.exp, float) if len(what) == 1 else (float, np.exp)
-                expected = prediction_interval(np.array([scale(value) for value in before.values()]))
-                numbers = [float(back(value)) for value in (expected.value, expected.low, expected.high)]
+                before, after = (_values(suite, results, what, int(budget), split) for results in (published, new))
+                values = np.array(list(before.values()))
+                if len(what) == 1:
+                    expected = prediction_interval(values)
+                    numbers = expected.value, expected.low, expected.high
+                else:  # ratios are symmetric as logarithms
+                    expected = prediction_interval(np.log(values))
+                    numbers = map(float, np.exp([expected.value, expected.low, expected.high]))
+                mean, low, high = numbers
                 for world, value in after.items():
-                    yield Checked(" ÷ ".join(what), split, int(budget), world, float(np.exp(value)), *numbers)
+                    yield Checked(" ÷ ".join(what), split, int(budget), world, value, mean, low, high)
 
 
-def _logs(suite: Suite, results: dict[str, Any], what: list[str], budget: int, split: str) -> dict[str, float]:
-    """World → logarithm of an arm's metric, or of two arms' ratio."""
-    values = [by_world(results, arm, budget, split, suite.data.headline) for arm in what]
-    return {
-        world: float(np.log(value) - sum(np.log(other[world]) for other in values[1:]))
-        for world, value in values[0].items()
-    }
+def _values(suite: Suite, results: dict[str, Any], what: list[str], budget: int, split: str) -> dict[str, float]:
+    """World → an arm's metric, or the ratio of two arms'."""
+    first, *second = (by_world(results, arm, budget, split, suite.data.headline) for arm in what)
+    return {world: value / second[0][world] for world, value in first.items()} if second else first
 
 
 def table(suite: Suite, checked: list[Checked]) -> str:

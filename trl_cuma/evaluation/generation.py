@@ -19,7 +19,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from ..demographics import DemographicTable
 from ..demographics.profile import is_vector, read_profiles
-from ..generation.batches import Prompt, check_length, encode_prompt, end_tokens, generate_batch, greedy_config
+from ..generation.batches import (
+    Prompt,
+    answer_end,
+    check_length,
+    encode_prompt,
+    end_tokens,
+    generate_batch,
+    greedy_config,
+)
 from ..generation.row_sampling import row_sampling
 from ..generation.vectors import profile_vectors
 from .answer_store import Answer, AnswerStore, model_fingerprint
@@ -240,7 +248,7 @@ def _generate(
     ends = end_tokens(config)
     answers = []
     for tokens in generate_batch(model, encoded, embeds, config, processors):
-        end = next((place for place, token in enumerate(tokens, start=1) if token in ends), None)
+        end = answer_end(tokens, ends)
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
         answers.append(Answer(text, end or len(tokens), end is not None))
     return answers

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..generation.vectors import demographic_table
 from .check import check_loads, vllm_rank
 from .distill import Distillation
 from .exporter import Exporter
-from .folder import MAX_KL, Exports, Record, fields_of, new_exports, write_index, write_lora
+from .folder import MAX_KL, Exports, Record, new_exports, write_index, write_lora
 from .people import MIN_PEOPLE, check_people, count_people
 
 
@@ -86,6 +87,7 @@ def export_profiles(
     _check_names(profiles)
     _, config = exported_adapter(model)
     vectors = _encode(model, profiles)
+    read = {name: DemographicProfile.from_value(profile) for name, profile in profiles.items()}
     counts: list[Any] = [None] * len(profiles)
     if min_people > 0:
         if people is None:
@@ -93,7 +95,7 @@ def export_profiles(
                 f"`min_people` is {min_people} and `people` was not given, so that nobody can be counted. Pass the "
                 "training people's profiles, or `min_people=0`."
             )
-        counts = count_people([DemographicProfile.from_value(each) for each in profiles.values()], people)
+        counts = count_people(list(read.values()), people)
         check_people(list(profiles), counts, min_people)
     encoded = list(dict.fromkeys(tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts))
     exporter = Exporter(model, tokenizer, encoded, rank=rank, how=how)
@@ -102,16 +104,12 @@ def export_profiles(
     measured_on = "held-out prompts" if encoded else "random tokens"
     with staged_folder(output) as staging:
         made: dict[bytes, Record] = {}
-        names = tqdm(profiles, desc="Exporting profiles", unit="profile", disable=not show_progress)
+        names = tqdm(read, desc="Exporting profiles", unit="profile", disable=not show_progress)
         for name, vector, counted in zip(names, vectors, counts, strict=True):
-            key = vector.numpy().tobytes()
-            profile = fields_of(profiles[name])
-            if key in made:
-                same = made[key]
-                record = Record(
-                    name, same.folder, profile, same.exact, same.distance, measured_on, same.averaged, counted
-                )
-                (exports.refused if same in exports.refused else exports.records).append(record)
+            key, profile = vector.numpy().tobytes(), dict(read[name].fields)
+            if same := made.get(key):
+                shared = replace(same, name=name, profile=profile, training_people=counted)
+                (exports.refused if same in exports.refused else exports.records).append(shared)
                 continue
             found = exporter.export(vector, "Distilling" if show_progress else None)
             record = made[key] = Record(

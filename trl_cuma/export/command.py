@@ -18,14 +18,27 @@ from ..generation.loading import (
 )
 from ..generation.profiles import parse_profile
 from ..generation.tables import read_table
+from .distill import Distillation
+from .folder import MAX_KL
+from .people import MIN_PEOPLE
 
 NAME = "name"
 """The column of a table of profiles that names the exports."""
 
+FITTING = {
+    "steps": "of the distillation",
+    "learning_rate": "of its first step",
+    "batch_size": "prompts of a step",
+    "max_new_tokens": "of an answer",
+    "held_out": "share of prompts to measure on",
+    "seed": "of whatever is drawn",
+}
+"""Fields of [`Distillation`] that are options, and what their help says."""
+
 
 def main(argv: Sequence[str]) -> int:
     """
-    Export LoRAs, or check what was exported.
+    Export LoRAs.
 
     Returns:
         `int`: 0; 1 if some exports were refused, and the others are there.
@@ -45,10 +58,9 @@ def main(argv: Sequence[str]) -> int:
             "that the adapter was trained on, or say with `--min_people 0` that you answer for the groups."
         )
     from ..evaluation.report import check_output_dir
-    from .distill import Distillation
 
     check_output_dir(args.output_dir)
-    how = Distillation(args.steps, args.learning_rate, args.batch_size, args.max_new_tokens, args.held_out, args.seed)
+    how = Distillation(**{name: getattr(args, name) for name in FITTING})
     people, prompts = _training_data(args)
     import torch
 
@@ -112,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--demographic_column", default="demographic", help="default: demographic")
     group.add_argument("--person_column", default="person_id", help="default: person_id")
     group.add_argument(
-        "--min_people", type=int, default=100, help="a profile of fewer is refused; 0: don't count; default: 100"
+        "--min_people",
+        type=int,
+        default=MIN_PEOPLE,
+        help="a profile of fewer is refused; 0: don't count; default: %(default)s",
     )
     group = parser.add_argument_group("approximation", "where a LoRA can't be the adapter itself")
     group.add_argument(
@@ -122,16 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--max_prompts", type=int, default=256, help="of more, so many are drawn; default: 256")
     group.add_argument("--rank", type=int, default=None, help="default: all experts' rank, 64 at most")
-    group.add_argument("--steps", type=int, default=200, help="of the distillation; default: 200")
-    group.add_argument("--learning_rate", type=float, default=1e-3, help="default: 0.001")
-    group.add_argument("--batch_size", type=int, default=8, help="prompts of a step; default: 8")
-    group.add_argument("--max_new_tokens", type=int, default=32, help="of an answer; default: 32")
-    group.add_argument("--held_out", type=float, default=0.25, help="share of prompts to measure on; default: 0.25")
+    for name, what in FITTING.items():
+        default = getattr(Distillation, name)
+        group.add_argument(f"--{name}", type=type(default), default=default, help=f"{what}; default: {default}")
     group.add_argument(
-        "--max_kl", type=float, default=0.05, help="nats; a LoRA farther away is refused; default: 0.05"
+        "--max_kl", type=float, default=MAX_KL, help="nats; a LoRA farther away is refused; default: %(default)s"
     )
     group.add_argument("--force", action="store_true", help="write also what is above --max_kl")
-    group.add_argument("--seed", type=int, default=0, help="of whatever is drawn; default: 0")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
     group.add_argument(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter.export import Factors, collapse, in_place_of_experts, mean_gates, to_rank
-from ..generation.batches import end_tokens, generate_batch, greedy_config
+from ..generation.batches import answer_end, end_tokens, generate_batch, greedy_config
 from ..generation.row_sampling import row_sampling
 
 LEAST_PROMPTS = 8
@@ -160,8 +160,7 @@ def answer(
         profiles = embeds.expand(len(rows), -1)
         made = generate_batch(model, [encoded[row] for row in rows], profiles, config, draws)
         for row, new in zip(rows, made, strict=True):
-            end = next((place for place, token in enumerate(new, 1) if token in ends), len(new))
-            tokens[row] = [*encoded[row], *new[:end]]
+            tokens[row] = [*encoded[row], *new[: answer_end(new, ends)]]
     return Answered(tokens, [len(each) for each in encoded])
 
 

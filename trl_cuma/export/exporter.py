@@ -98,22 +98,18 @@ class Exporter:
         """
         model, how = self.model, self.how
         embeds = embeds.to(next(model.parameters()).device)
-        if not self.encoded:
-            factors = self._collapsed(embeds)
-            return Exported(factors, measure(model, self._random(), embeds, factors, how.batch_size))
         if self.exact:
-            answered = answer(model, self.tokenizer, [self.encoded[row] for row in self.held_out], embeds, how)
-            factors = self._collapsed(embeds)
-            return Exported(factors, measure(model, answered, embeds, factors, how.batch_size))
+            factors = {name: to_rank(pair, self.rank) for name, pair in collapse(model, embeds).items()}
+            rows = self._random()
+            if self.encoded:
+                rows = answer(model, self.tokenizer, [self.encoded[row] for row in self.held_out], embeds, how)
+            return Exported(factors, measure(model, rows, embeds, factors, how.batch_size))
         answered = answer(model, self.tokenizer, self.encoded, embeds, how)
         fitted, held_out = answered.select(self.fitted), answered.select(self.held_out)
         started = average(model, fitted, embeds, self.rank, how)
         factors = distill(model, fitted, embeds, started, how, description)
         before, after = (measure(model, held_out, embeds, each, how.batch_size) for each in (started, factors))
         return Exported(factors, after, before)
-
-    def _collapsed(self, embeds: torch.Tensor) -> dict[str, Factors]:
-        return {name: to_rank(factors, self.rank) for name, factors in collapse(self.model, embeds).items()}
 
     def _random(self, rows: int = 8, tokens: int = 16) -> Answered:
         """Rows of random tokens, each place after the first an answer's: for exact exports they do as well as any."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from peft import PeftModel
 
 from ..adapter.card_text import forbids_commerce, public_name
 from ..adapter.export import exported_adapter, lora_config, save_lora
-from ..demographics import DemographicProfile
 from .check import check_files, vllm_rank
 from .distill import Distance
 from .exporter import Exported
@@ -209,8 +207,3 @@ def new_exports(model: PeftModel, rank: int, max_kl: float, min_people: int) -> 
     """An empty set of exports of a model's active adapter."""
     _, config = exported_adapter(model)
     return Exports(public_name(config.base_model_name_or_path), rank, max_kl, min_people, data_of(model))
-
-
-def fields_of(profile: Mapping[str, Any] | DemographicProfile) -> dict[str, str]:
-    """A profile's known fields, as text."""
-    return dict(DemographicProfile.from_value(profile).fields)

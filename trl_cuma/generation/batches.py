@@ -74,6 +74,11 @@ def end_tokens(config: GenerationConfig) -> list[int | None]:
     return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 
 
+def answer_end(tokens: Sequence[int], ends: Sequence[int | None]) -> int | None:
+    """Length of an answer in what follows its prompt, its end token included; `None` where it has not ended."""
+    return next((place for place, token in enumerate(tokens, start=1) if token in ends), None)
+
+
 def generate_batch(
     model: torch.nn.Module,
     encoded: Sequence[Sequence[int]],
